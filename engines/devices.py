@@ -1,0 +1,157 @@
+"""Which devices there are, by what name a workflow may ask for them, and which one runs a given file.
+
+A workflow names a device, nothing more: interpreters, hosts and library folders come from one TOML file of the
+server's owner (docs/devices.md). Without that file there are still: the cards this machine shows (`tpu:0`, ...), the
+simulator if it is installed, and onnxruntime for `.onnx` files.
+"""
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DeviceError, EngineError
+from .network import ModelFile
+from .workers import Worker, WorkerSpec
+
+AUTO = "auto"
+SIMULATOR_LIBRARIES = ("libbmlib.so.0", "libbmrt.so.1.0", "libcmodel.so")
+SIMULATOR_IDLE_SECONDS = 5.0
+SIMULATOR_NICE = 10                 # its threads busy-poll; the server must stay responsive
+LIBSOPHON = Path("/opt/sophon/libsophon-current/lib")
+DEVICE_NODES = ("bm-sophon[0-9]*", "bm-tpu[0-9]*")       # PCIe cards; the TPU of a SoC box
+RUNTIME_FORMATS = {"bmrt": "bmodel", "sail": "bmodel", "onnx": "onnx"}
+HOW_TO_SIMULATE = "install Sophgo's simulator with 'python tools/install.py simulator' in the pack's folder"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device a workflow can name. A simulator has one worker a chip, hence the specs by chip."""
+
+    name: str
+    format: str                                 # "bmodel" or "onnx"
+    specs: tuple[tuple[str, WorkerSpec], ...]   # (chip, how to start); chip "" is found out by asking the device
+    simulated: bool = False
+
+    def spec_for(self, model_file: ModelFile) -> WorkerSpec:
+        """The worker that runs this file. Raises DeviceError if the format or the chip does not fit."""
+        if model_file.format != self.format:
+            raise DeviceError(f"'{model_file.path.name}' is a {model_file.format} file and device '{self.name}' runs "
+                              f"{self.format} files: choose another device, or 'auto'.")
+        chips = []
+        for chip, spec in self.specs:
+            chip = chip or str(Worker.of(spec).describe()["chip"])
+            if model_file.chip is None or chip == model_file.chip:
+                return spec
+            chips.append(chip)
+        raise DeviceError(f"'{model_file.path.name}' was compiled for {model_file.chip} and device '{self.name}' is "
+                          f"{' or '.join(chips)}: choose another device or a file for that chip.")
+
+
+class Devices:
+    """The devices of this server, in the order in which `auto` tries them: hardware, simulator, onnxruntime."""
+
+    def __init__(self, devices: Sequence[Device]):
+        self.devices = list(devices)
+
+    def names(self) -> list[str]:
+        """What a combo offers."""
+        return [AUTO] + [device.name for device in self.devices]
+
+    def check(self, name: str) -> None:
+        """Raise DeviceError, listing what is here, unless `name` is one of `names()`."""
+        if name not in self.names():
+            raise DeviceError(f"Device '{name}' is not on this server, which has: {', '.join(self.names())}; choose "
+                              "one of those, or describe it in the accelerator settings file.")
+
+    def choose(self, name: str, model_file: ModelFile) -> WorkerSpec:
+        """The worker for a file on the device called `name`; `auto` takes the first that fits. Raises DeviceError."""
+        self.check(name)
+        if name != AUTO:
+            return next(device for device in self.devices if device.name == name).spec_for(model_file)
+        tried = []
+        for device in self.devices:
+            if device.format != model_file.format:
+                continue
+            try:
+                return device.spec_for(model_file)
+            except EngineError as error:
+                tried.append(f"{device.name}: {error}")
+        wanted = f"chip {model_file.chip}" if model_file.chip else "onnxruntime"
+        reasons = f" ({'; '.join(tried)})" if tried else ""
+        remedy = HOW_TO_SIMULATE if model_file.format == "bmodel" else "install onnxruntime in ComfyUI's interpreter"
+        raise DeviceError(f"No device for '{model_file.path.name}' ({wanted}) on this server{reasons}; {remedy}.")
+
+
+def find_devices(settings_file: Path | None, pack: Path, dev: Path = Path("/dev")) -> Devices:
+    """All devices: those of the settings file, then what this machine shows by itself.
+
+    settings_file: TOML (docs/devices.md), may be missing. pack: the folder where the installer puts the simulator.
+    Raises DeviceError with one sentence for a settings file that cannot be understood. Opens no device.
+    """
+    settings = _read(settings_file) if settings_file and settings_file.exists() else {}
+    devices = [_configured(table, index) for index, table in enumerate(settings.get("device", []))]
+    taken = {device.name for device in devices}
+    simulator, onnx = settings.get("simulator", {}), settings.get("onnx", {})
+    found = [*_hardware(dev), *_simulator(simulator, pack), *_onnx(onnx)]
+    return Devices(devices + [device for device in found if device.name not in taken])
+
+
+def _read(path: Path) -> dict:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"The accelerator settings in {path} could not be read: {error}.") from error
+
+
+def _configured(table: dict, index: int) -> Device:
+    known = {"name", "runtime", "device_id", "python", "ssh", "libraries", "chip"}
+    where = f"[[device]] number {index + 1} of the accelerator settings"
+    if unknown := set(table) - known:
+        raise DeviceError(f"{where} has unknown keys: {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))}).")
+    runtime = table.get("runtime")
+    if not table.get("name") or runtime not in RUNTIME_FORMATS:
+        raise DeviceError(f"{where} needs a 'name' and a 'runtime', one of: {', '.join(RUNTIME_FORMATS)}.")
+    options: dict[str, object] = {"device_id": int(table.get("device_id", 0))}
+    if runtime == "bmrt":
+        options["libraries"] = str(table.get("libraries", LIBSOPHON))
+    spec = WorkerSpec(table["name"], runtime, tuple(sorted(options.items())), python=table.get("python", ""),
+                      ssh=table.get("ssh", ""))
+    return Device(table["name"], RUNTIME_FORMATS[runtime], ((table.get("chip", ""), spec),))
+
+
+def _hardware(dev: Path) -> list[Device]:
+    if not LIBSOPHON.is_dir():
+        return []
+    nodes = {int("".join(filter(str.isdigit, node.name))) for pattern in DEVICE_NODES for node in dev.glob(pattern)}
+    return [Device(f"tpu:{number}", "bmodel", (("", WorkerSpec(
+        f"tpu:{number}", "bmrt", (("device_id", number), ("libraries", str(LIBSOPHON))))),)) for number in sorted(nodes)]
+
+
+def _simulator(settings: dict, pack: Path) -> list[Device]:
+    """One folder a chip under `libraries`, each with the three libraries of SIMULATOR_LIBRARIES."""
+    root = Path(settings.get("libraries", pack / ".local" / "simulator")).expanduser()
+    if settings.get("enabled") is False or not root.is_dir():
+        return []
+    specs = []
+    for folder in sorted(root.iterdir()):
+        if all((folder / name).exists() for name in SIMULATOR_LIBRARIES):
+            options = (("libraries", str(folder)), ("nice", SIMULATOR_NICE), ("simulated", True))
+            specs.append((folder.name.upper(), WorkerSpec(
+                "simulator", "bmrt", options, python=settings.get("python", ""),
+                idle_seconds=float(settings.get("idle_seconds", SIMULATOR_IDLE_SECONDS)), kill_on_cancel=True)))
+    return [Device("simulator", "bmodel", tuple(specs), simulated=True)] if specs else []
+
+
+def _onnx(settings: dict) -> list[Device]:
+    python = settings.get("python", "")
+    if not python and importlib.util.find_spec("onnxruntime") is None:
+        return []
+    options = (("threads", int(settings.get("threads", 0))),)
+    return [Device("onnx", "onnx", (("", WorkerSpec("onnx", "onnx", options, python=python)),))]

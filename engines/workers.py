@@ -1,0 +1,311 @@
+"""Worker processes: one a device, each in the interpreter that can import its vendor library.
+
+A worker is an execnet gateway running `runtimes.serve`. It may hold its GIL, pin its numpy or crash; the host only
+ever waits on a channel. A `Worker` here is the supervisor of one such process: it starts it when first needed, loads
+the files that calls name, closes it when idle (a simulator burns both cores while open) or when nothing is loaded,
+notices its death, and starts it again on the next call.
+"""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DeviceError, EngineError, WorkerDied
+
+RUNTIMES = Path(__file__).parent / "runtimes"
+POLL_SECONDS = 0.05          # how soon a cancel is noticed while the device is busy
+EXIT_SECONDS = 3.0           # how long a worker may take to leave before it is killed
+PIECE_BYTES = 4 << 20        # of a model file on its way to another machine
+NO_POLL: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """How to start one worker. Two devices with equal specs share a worker."""
+
+    name: str                            # what a workflow and the log call the device
+    runtime: str                         # a file of engines/runtimes: "bmrt", "sail", "onnx"
+    options: tuple[tuple[str, object], ...] = ()   # for the runtime
+    python: str = ""                     # empty: the host's own interpreter
+    ssh: str = ""                        # "user@host"; empty: this machine
+    idle_seconds: float | None = None    # close when unused for so long; None keeps it open
+    kill_on_cancel: bool = False         # a simulator is not worth waiting for, a card must finish its step
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One input of a call. With a `digest` it stays on the device and later calls only name it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    digest: str = ""
+
+
+class Worker:
+    """The supervisor of one worker process. One call at a time; safe to use from any thread."""
+
+    _pool: dict[WorkerSpec, Worker] = {}
+    _pool_lock = threading.RLock()     # re-entrant: garbage collection may run _drop while it is held
+
+    @classmethod
+    def of(cls, spec: WorkerSpec) -> Worker:
+        """The one worker of this spec in this process; it starts when first called."""
+        with cls._pool_lock:
+            if spec not in cls._pool:
+                cls._pool[spec] = cls(spec)
+            return cls._pool[spec]
+
+    @classmethod
+    def close_all(cls) -> None:
+        with cls._pool_lock:
+            workers = list(cls._pool.values())
+        for worker in workers:
+            worker.close()
+
+    def __init__(self, spec: WorkerSpec):
+        self.spec = spec
+        self.counters: dict[str, int] = {}       # as the process last told them; they start anew with the process
+        self.starts = 0
+        self._lock = threading.Lock()
+        self._group = self._channel = None
+        self._numbers = itertools.count(1)
+        self._models: dict[str, int] = {}        # path -> model in the running process
+        self._sent: set[str] = set()             # digests the running process has seen
+        self._released: deque[str] = deque()     # paths whose last user is gone; unloaded at the next safe moment
+        self._holders: dict[str, int] = {}
+        self._about: dict[str, object] = {}
+        self._timer: threading.Timer | None = None
+        self._last_used = 0.0
+
+    # -- what the stages use -----------------------------------------------------------------------------------
+    def describe(self) -> dict[str, object]:
+        """{"runtime", "version", "chip", "device", "python", "pid", "log"}; starts the process if it never ran."""
+        with self._busy():
+            if not self._about:
+                self._start()
+            return dict(self._about)
+
+    def hold(self, owner: object, path: Path) -> None:
+        """Keep `path` loaded (once any call needed it) as long as `owner` lives."""
+        key = str(path)
+        with self._pool_lock:
+            self._holders[key] = self._holders.get(key, 0) + 1
+        weakref.finalize(owner, self._drop, key)
+
+    def run(self, path: Path, network: str, inputs: Sequence[Feed], outputs: Sequence[tuple[str, str, tuple[int, ...]]],
+            poll: Callable[[], None] = NO_POLL) -> list[tuple[str, tuple[int, ...], bytes]]:
+        """Run one network: outputs as (dtype, shape, bytes) in the order asked for.
+
+        `poll` is called about every 50 ms while the device works; what it raises abandons the call (the device
+        finishes or is closed, and the next call starts clean). Raises EngineError in one sentence.
+        """
+        with self._busy():
+            model = self._loaded(path, poll)
+            answer = self._run_once(model, network, inputs, outputs, poll)
+            if "missing" in answer:
+                self._sent.difference_update(answer["missing"])
+                answer = self._run_once(model, network, inputs, outputs, poll)
+            self.counters = answer["counters"]
+            return answer["outputs"]
+
+    def unload(self, path: Path) -> None:
+        """Free what `path` holds on the device; a later call loads it again. The process ends with its last file."""
+        with self._busy():
+            self._released.append(str(path))
+
+    def close(self) -> None:
+        """End the process if it runs; the next call starts a new one."""
+        with self._lock:
+            self._stop(EXIT_SECONDS)
+
+    @property
+    def pid(self) -> int | None:
+        """The process that runs now, or None."""
+        return self._about.get("pid") if self._channel is not None else None
+
+    # -- the process -------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _busy(self):
+        with self._lock:
+            self._cancel_timer()
+            try:
+                yield
+            finally:
+                self._unload_released()
+                self._arm_timer()
+
+    def _start(self) -> None:
+        if self._channel is not None:
+            return
+        import execnet                                   # here: importing the pack must stay cheap
+        self._group = execnet.Group()
+        where = f"ssh={self.spec.ssh}" if self.spec.ssh else "popen"
+        python = self.spec.python if self.spec.ssh else shlex.quote(self.spec.python or sys.executable)
+        try:
+            gateway = self._group.makegateway(f"{where}//python={python or 'python3'}")
+            self._channel = gateway.remote_exec((RUNTIMES / "serve.py").read_text(encoding="utf-8"))
+            source = (RUNTIMES / f"{self.spec.runtime}.py").read_text(encoding="utf-8")
+            self._channel.send((source, dict(self.spec.options)))
+            self._about = self._answer(0, NO_POLL, "starting")
+        except (OSError, EOFError, execnet.HostNotFound, ValueError) as error:
+            self._stop(0)
+            raise DeviceError(f"Device '{self.spec.name}' did not start: {self._origin()} could not be run "
+                              f"({error}); check the accelerator settings file.") from error
+        except EngineError as error:
+            self._stop(0)
+            raise DeviceError(f"Device '{self.spec.name}' did not start: {error}") from error
+        self.starts += 1
+
+    def _origin(self) -> str:
+        python = self.spec.python or sys.executable
+        return f"{python} on {self.spec.ssh}" if self.spec.ssh else python
+
+    def _stop(self, patience: float) -> None:
+        """Let the process leave by itself within `patience` seconds, then kill it. Needs the lock."""
+        group, channel, self._group, self._channel = self._group, self._channel, None, None
+        self._models, self._sent, self.counters = {}, set(), {}
+        self._cancel_timer()
+        if channel is not None and patience:
+            channel.close()                   # ends the loop of `serve`, which then gives the device back
+        if group is not None:
+            group.terminate(timeout=patience)
+        log = self._about.pop("log", None)
+        if log and not self.spec.ssh:
+            with contextlib.suppress(OSError):
+                os.unlink(log)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm_timer(self) -> None:
+        self._last_used = time.monotonic()
+        if self._channel is not None and self.spec.idle_seconds is not None:
+            self._timer = threading.Timer(self.spec.idle_seconds, self._close_if_idle)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _close_if_idle(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._last_used >= self.spec.idle_seconds:
+                self._stop(EXIT_SECONDS)
+
+    # -- files -------------------------------------------------------------------------------------------------
+    def _drop(self, key: str) -> None:
+        """A holder is gone. Runs wherever garbage is collected, perhaps inside a call of this very worker."""
+        with self._pool_lock:
+            self._holders[key] -= 1
+            if self._holders[key]:
+                return
+            del self._holders[key]
+        self._released.append(key)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._unload_released()
+            finally:
+                self._lock.release()
+
+    def _unload_released(self) -> None:
+        while self._released:
+            model = self._models.pop(self._released.popleft(), None)
+            if model is None:
+                continue
+            if not self._models:
+                self._stop(EXIT_SECONDS)      # nothing loaded: leave the device to others
+                return
+            with contextlib.suppress(EngineError):
+                self._call("unload", {"model": model}, NO_POLL, "unloading")
+
+    def _loaded(self, path: Path, poll: Callable[[], None]) -> int:
+        self._start()
+        key = str(path)
+        if key not in self._models:
+            try:
+                there = self._sent_file(path, poll) if self.spec.ssh else key
+                self._models[key] = self._call("load", {"path": there}, poll, f"loading {path.name}")["model"]
+            except WorkerDied:
+                raise
+            except EngineError as error:
+                raise EngineError(f"'{path.name}' could not be loaded on '{self.spec.name}': {error}") from error
+        return self._models[key]
+
+    def _sent_file(self, path: Path, poll: Callable[[], None]) -> str:
+        """Bring a file to a worker on another machine, once: it is kept there under its content hash."""
+        from .files import content_hash
+        name = content_hash(path) + path.suffix
+        there = self._call("cached_file", {"name": name}, poll, "looking for the file")
+        if there is None:
+            left = path.stat().st_size
+            with path.open("rb") as file:
+                while left > 0:
+                    piece = file.read(PIECE_BYTES)
+                    left -= len(piece)
+                    there = self._call("receive_file", {"name": name, "piece": piece, "last": left <= 0}, poll,
+                                       f"sending {path.name}")
+        return there
+
+    # -- calls -------------------------------------------------------------------------------------------------
+    def _run_once(self, model, network, inputs, outputs, poll):
+        sent = [(f.name, f.dtype, f.shape, None if f.digest in self._sent else f.data, f.digest) for f in inputs]
+        answer = self._call("run", {"model": model, "network": network, "inputs": sent, "outputs": list(outputs)},
+                            poll, f"running '{network}'")
+        if "missing" not in answer:
+            self._sent.update(f.digest for f in inputs if f.digest)
+        return answer
+
+    def _call(self, operation: str, arguments: dict, poll: Callable[[], None], doing: str):
+        number = next(self._numbers)
+        try:
+            self._channel.send((number, operation, arguments))
+        except OSError:      # execnet says so when the process is already gone
+            raise self._died(doing) from None
+        return self._answer(number, poll, doing)
+
+    def _answer(self, number: int, poll: Callable[[], None], doing: str):
+        while True:
+            try:
+                got, status, answer = self._channel.receive(timeout=POLL_SECONDS)
+            except self._channel.TimeoutError:
+                try:
+                    poll()
+                except BaseException:
+                    if self.spec.kill_on_cancel:
+                        self._stop(0)
+                    raise
+                continue
+            except (EOFError, self._channel.RemoteError):
+                raise self._died(doing) from None
+            if got != number:        # the answer to a call that was cancelled
+                continue
+            if status == "error":
+                raise EngineError(answer)
+            return answer
+
+    def _died(self, doing: str) -> WorkerDied:
+        pid, said = self._about.get("pid"), self._last_words()
+        self._stop(0)
+        return WorkerDied(f"The worker process of device '{self.spec.name}' (pid {pid}) ended while {doing}"
+                          f"{said}. Run again: it starts anew by itself.")
+
+    def _last_words(self) -> str:
+        log = self._about.get("log")
+        if not log or self.spec.ssh:
+            return ""
+        try:
+            lines = Path(str(log)).read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return f"; it last said: {lines[-1].strip()}" if lines else ""

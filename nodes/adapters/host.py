@@ -1,0 +1,43 @@
+"""What the pack asks of the running ComfyUI server: where it is in a graph, and how to tell a person something."""
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+
+log = logging.getLogger("sophgo_ascend")
+
+# Raised inside a stage while a device works; clears the flag, as ComfyUI's own samplers do.
+poll = comfy.model_management.throw_exception_if_processing_interrupted
+
+
+def tell(text: str, node_id: str | None = None, level: int = logging.INFO) -> None:
+    """Write `text` to the log and onto a node: the one given, else the one that runs now."""
+    log.log(level, text)
+    server, running = _server(), _running()
+    node_id = node_id or (running.node_id if running else None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+def running_node() -> str:
+    """The node that runs now, as a person knows it: 'LoraLoader (pixel.safetensors)'. Empty outside a graph."""
+    server, running = _server(), _running()
+    if server is None or running is None:
+        return ""
+    for item in server.prompt_queue.get_current_queue()[0]:
+        node = item[2].get(running.node_id) if item[1] == running.prompt_id else None
+        if node:
+            files = [str(v) for v in node.get("inputs", {}).values() if isinstance(v, str) and "." in v]
+            return node["class_type"] + (f" ({', '.join(files)})" if files else "")
+    return ""
+
+
+def _server():
+    from server import PromptServer
+    return getattr(PromptServer, "instance", None)
+
+
+def _running():
+    from comfy_execution.utils import get_executing_context
+    return get_executing_context()

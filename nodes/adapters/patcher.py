@@ -1,0 +1,50 @@
+"""A ModelPatcher for networks that are compiled: nothing to patch, memory that is not torch's."""
+from __future__ import annotations
+
+import comfy.model_patcher
+import torch
+
+from ...engines.errors import EngineError
+from .host import running_node
+
+CPU = torch.device("cpu")
+
+
+class CompiledPatcher(comfy.model_patcher.ModelPatcher):
+    """Holds a torch module without parameters whose `stage` runs on a device of its own.
+
+    Everything ComfyUI does to models works (clone, hooks on the schedule, model_sampling patches, /free); what would
+    change weights is refused, because a LoRA that silently does nothing is worse than none.
+    """
+
+    def _refuse(self, what: str):
+        raise EngineError(f"{running_node() or 'This node'} {what}, and the {self.stage.title} in {self.stage.names} is "
+                          "compiled: its weights are fixed. Remove that node, or apply it before compiling.")
+
+    @property
+    def stage(self):
+        return self.model.stage
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        if strength_patch:
+            self._refuse("wants to patch weights")
+        return []
+
+    def get_key_patches(self, filter_prefix=None):
+        self._refuse("wants to read weights")
+
+    def add_object_patch(self, name, obj):
+        if name.startswith("diffusion_model"):
+            self._refuse(f"wants to replace '{name}'")
+        super().add_object_patch(name, obj)
+
+    def detach(self, unpatch_all=True):
+        # unpatch_all is False on every re-sample and in __del__; True means that the host wants the memory (/free).
+        if unpatch_all:
+            self.stage.release()
+        return super().detach(unpatch_all)
+
+
+def patcher_for(module: torch.nn.Module) -> CompiledPatcher:
+    """A patcher that reports what the device holds; 1 at least, since ComfyUI divides by sizes."""
+    return CompiledPatcher(module, load_device=CPU, offload_device=CPU, size=max(1, module.stage.device_bytes))

@@ -1,0 +1,78 @@
+"""What this server offers the nodes: model files by name, devices by name."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..engines.assembly import Source
+from ..engines.devices import Devices, find_devices
+from ..engines.errors import DeviceError
+from ..engines.files import find_models, list_models, resolve
+from ..engines.network import ModelFileError
+
+PACK = Path(__file__).resolve().parent.parent
+FOLDER = "sophgo"                            # models/sophgo, and what extra_model_paths.yaml adds to it
+SETTINGS_VARIABLE = "SOPHGO_ASCEND_SETTINGS"
+SETTINGS_NAME = "sophgo_ascend.toml"         # in ComfyUI's user folder
+
+
+def register_folders() -> None:
+    """Make models/sophgo known to ComfyUI, and the pack's own tiny models, so that its templates run as they are."""
+    mine = Path(folder_paths.models_dir) / FOLDER
+    mine.mkdir(parents=True, exist_ok=True)
+    folder_paths.add_model_folder_path(FOLDER, str(mine), is_default=True)
+    folder_paths.add_model_folder_path(FOLDER, str(PACK / "demo" / "models"))
+
+
+def roots() -> list[Path]:
+    return [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
+
+
+def models() -> list[str]:
+    return list_models(roots())
+
+
+def source(name: str) -> Source:
+    """The model files called `name`. Raises ModelFileError."""
+    return Source.open(name, resolve(name, roots()), roots())
+
+
+def devices() -> Devices:
+    """Read afresh each time: the owner may edit the settings while the server runs. Raises DeviceError."""
+    user = Path(folder_paths.get_user_directory()) / SETTINGS_NAME
+    return find_devices(Path(os.environ.get(SETTINGS_VARIABLE) or user), PACK)
+
+
+def device_names() -> list[str]:
+    """For a combo: never raises, since a broken settings file must not remove a node."""
+    try:
+        return devices().names()
+    except DeviceError:
+        return ["auto"]
+
+
+def check(names: list[str | None], device_names: list[str | None]) -> bool | str:
+    """For validate_inputs: True, or one sentence. None stands for an input that arrives over a link."""
+    try:
+        for name in filter(None, names):
+            resolve(name, roots())
+        for device in filter(None, device_names):
+            devices().check(device)
+    except (ModelFileError, DeviceError) as error:
+        return str(error)
+    return True
+
+
+def fingerprint(*names: str) -> tuple:
+    """Changes when a file of `names` does, so that a replaced file is loaded again."""
+    stamps = []
+    for name in names:
+        try:
+            path = resolve(name, roots())
+            files = find_models(path, roots()) if path.is_dir() else [path]
+            stamps += [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        except (ModelFileError, OSError):
+            stamps.append((name, 0, 0))
+    return tuple(stamps)
