@@ -26,10 +26,6 @@ class SophgoInspect(PackNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file_name=None):
-        return library.check([file_name], [])
-
-    @classmethod
     def fingerprint_inputs(cls, file_name):
         return library.fingerprint(file_name)
 

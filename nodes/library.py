@@ -53,18 +53,6 @@ def device_names() -> list[str]:
         return ["auto"]
 
 
-def check(names: list[str | None], device_names: list[str | None]) -> bool | str:
-    """For validate_inputs: True, or one sentence. None stands for an input that arrives over a link."""
-    try:
-        for name in filter(None, names):
-            resolve(name, roots())
-        for device in filter(None, device_names):
-            devices().check(device)
-    except (ModelFileError, DeviceError) as error:
-        return str(error)
-    return True
-
-
 def fingerprint(*names: str) -> tuple:
     """Changes when a file of `names` does, so that a replaced file is loaded again."""
     stamps = []

@@ -60,10 +60,6 @@ class SophgoLoadCheckpoint(PackNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None, device=None, unet_device=None):
-        return library.check([model_name], [device, None if unet_device == SAME else unet_device])
-
-    @classmethod
     def fingerprint_inputs(cls, model_name, **_):
         return library.fingerprint(model_name)
 
@@ -94,10 +90,6 @@ class SophgoLoadUNet(PackNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name=None, device=None):
-        return library.check([unet_name], [device])
-
-    @classmethod
     def fingerprint_inputs(cls, unet_name, **_):
         return library.fingerprint(unet_name)
 
@@ -121,10 +113,6 @@ class SophgoLoadCLIP(PackNode):
             outputs=[io.Clip.Output("CLIP", tooltip="The text encoder, for CLIP Text Encode.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, clip_name=None, device=None):
-        return library.check([clip_name], [device])
 
     @classmethod
     def fingerprint_inputs(cls, clip_name, **_):
@@ -157,10 +145,6 @@ class SophgoLoadVAE(PackNode):
             outputs=[io.Vae.Output("VAE", tooltip="The VAE; it takes any size divisible by 8, in tiles if need be.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, decoder_name=None, encoder_name=None, device=None):
-        return library.check([decoder_name, None if encoder_name == SAME else encoder_name], [device])
 
     @classmethod
     def fingerprint_inputs(cls, decoder_name, encoder_name, **_):

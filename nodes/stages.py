@@ -69,14 +69,6 @@ class SophgoUNetStep(PackNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sampler_name=None, scheduler=None):
-        for kind, value, known in (("sampler", sampler_name, comfy.samplers.SAMPLER_NAMES),
-                                   ("scheduler", scheduler, comfy.samplers.SCHEDULER_NAMES)):
-            if value is not None and value not in known:
-                return f"There is no {kind} '{value}'; there are: {', '.join(known)}."
-        return True
-
-    @classmethod
     def execute(cls, model, positive, negative, latent_image, step, steps, cfg, sampler_name, scheduler, seed,
                 add_noise) -> io.NodeOutput:
         return io.NodeOutput(*sample_step(model, positive, negative, latent_image, step, steps, cfg, sampler_name,

@@ -138,6 +138,10 @@ def sample_step(model, positive, negative, latent: dict, step: int, steps: int, 
     """
     if step >= steps:
         raise EngineError(f"Step {step} was asked for and a run of {steps} steps has steps 0 to {steps - 1}.")
+    for kind, name, known in (("sampler", sampler_name, comfy.samplers.SAMPLER_NAMES),
+                              ("scheduler", scheduler, comfy.samplers.SCHEDULER_NAMES)):
+        if name not in known:        # ComfyUI does not check the combos of a workflow that comes in over the API
+            raise EngineError(f"There is no {kind} '{name}' in this ComfyUI, which has: {', '.join(known)}.")
     if sampler_name == "dpm_adaptive":
         raise EngineError("dpm_adaptive chooses its own number of steps, so it has no step to take alone: use KSampler, "
                           "or another sampler here.")

@@ -1,6 +1,8 @@
 """Compiled VAE halves as an ordinary VAE of any size divisible by 8."""
 from __future__ import annotations
 
+import logging
+
 import comfy.sd
 import torch
 
@@ -58,7 +60,11 @@ class EngineVAE(comfy.sd.VAE):
     """comfy.sd.VAE with a compiled first stage. Tiles have the compiled size, whatever size a node asks for."""
 
     def __init__(self, decoder: VAEDecoder | None, encoder: VAEEncoder | None):
-        super().__init__(sd={})              # ComfyUI's defaults for SD's VAE: 8x, 4 channels, [-1,1]
+        logging.disable(logging.WARNING)     # ComfyUI would say that there is no VAE
+        try:
+            super().__init__(sd={})          # its defaults for SD's VAE: 8x, 4 channels, [-1,1]
+        finally:
+            logging.disable(logging.NOTSET)
         self.first_stage_model = CompiledVAE(decoder, encoder)
         self.device = self.output_device = CPU
         self.vae_dtype = torch.float32
