@@ -1,0 +1,148 @@
+"""Installs Sophgo's compiler (TPU-MLIR) into a virtual environment of Python 3.10, and runs its tools.
+
+    python -m compiler        installs it into .local/compiler, or says that it is there
+
+The wheel exists for Python 3.10 alone and wants old versions of everything, so it never shares an interpreter with
+anything else.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PYTHON_VARIABLE = "SOPHGO_COMPILER_PYTHON"
+FOLDER = Path(__file__).resolve().parent.parent / ".local" / "compiler"
+
+COMPILER = "tpu_mlir==1.30.2"
+# What the compiler needs to read ONNX: fewer than its wheel lists, which pulls gigabytes of CUDA through torch.
+REQUIREMENTS = (
+    "numpy==1.24.3",
+    "onnx==1.14.1",
+    "onnxruntime==1.16.3",
+    "onnxsim==0.4.17",
+    "protobuf==3.20.3",
+    "tqdm==4.65.0",
+    "pillow==10.0.0",
+    "opencv-python-headless==4.8.0.74",
+    "psutil==7.0.0",
+    "filelock==3.18.0",
+    "graphviz==0.20.1",
+    "plotly==5.15.0",
+    "scipy==1.11.1",
+    "pandas==2.0.3",
+    "pyyaml==6.0.2",
+    "setuptools==65.5.0",  # the wheel imports pkg_resources
+)
+# The compiler imports torch and onnxruntime_extensions for custom operators only; for an ONNX file without any, two
+# modules of a few lines are enough.
+STUBS = Path(__file__).resolve().parent / "stubs"
+# The wheel bundles glibc 2.35 and puts it first on the library path; on a newer system every child process then dies
+# with "GLIBC_2.36 not found". The system's own serves.
+BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
+
+
+class CompilerError(Exception):
+    """What went wrong and what to do about it, in one sentence."""
+
+
+def _candidates() -> Iterator[Path]:
+    if chosen := os.environ.get(PYTHON_VARIABLE):
+        yield Path(chosen)
+        return
+    if found := shutil.which("python3.10"):
+        yield Path(found)
+    if uv := shutil.which("uv"):
+        found = _output(uv, "python", "find", "3.10")
+        if found:
+            yield Path(found)
+    if pyenv := shutil.which("pyenv"):
+        yield from sorted(Path(_output(pyenv, "root") or "/nowhere").glob("versions/3.10*/bin/python"))
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or nothing if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def find_python() -> Path:
+    """A Python 3.10 that runs: the one the environment names, python3.10 on the PATH, or one of uv's or pyenv's."""
+    for candidate in _candidates():
+        # a pyenv shim may exist and still refuse to run
+        if _output(str(candidate), "-c", "import sys; print(sys.version_info[:2])") == "(3, 10)":
+            return candidate
+    if chosen := os.environ.get(PYTHON_VARIABLE):
+        raise CompilerError(f"{PYTHON_VARIABLE} names {chosen}, which is not a Python 3.10 that runs.")
+    raise CompilerError(
+        "Sophgo's compiler needs Python 3.10, and none was found; "
+        f"install one (`uv python install 3.10`) or name one in {PYTHON_VARIABLE}."
+    )
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The installed compiler. `Toolchain.install()` is the way to one; it costs nothing when nothing is to be done."""
+
+    folder: Path
+
+    @classmethod
+    def install(cls, folder: Path = FOLDER, report: Callable[[str], None] = print) -> "Toolchain":
+        """Creates the environment in `folder`, or anew if it was made from another list of packages."""
+        chain = cls(folder.resolve())
+        recipe = "\n".join([COMPILER, *REQUIREMENTS, *BUNDLED_GLIBC])
+        stamp, mark = chain.folder / "stamp", hashlib.sha256(recipe.encode()).hexdigest()
+        if stamp.exists() and stamp.read_text() == mark:
+            return chain
+
+        base = find_python()
+        report(f"Creating the compiler's environment in {chain.folder} with {base}.")
+        shutil.rmtree(chain.folder, ignore_errors=True)
+        chain.folder.mkdir(parents=True)
+        log = chain.folder / "install.log"
+        run([base, "-m", "venv", chain.folder / "venv"], log)
+        report(f"Downloading {COMPILER} (about 310 MB).")
+        run([chain.python, "-m", "pip", "install", "--no-deps", COMPILER], log)
+        report(f"Installing the {len(REQUIREMENTS)} packages it needs.")
+        run([chain.python, "-m", "pip", "install", *REQUIREMENTS], log)
+
+        package = next((chain.folder / "venv" / "lib").glob("python3.10/site-packages/tpu_mlir"))
+        for name in BUNDLED_GLIBC:
+            (package / "lib" / "third_party" / name).rename(chain.folder / name)
+        chain.tool("model_tool", "--version", log=log)
+        stamp.write_text(mark)
+        report("The compiler is ready.")
+        return chain
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "venv" / "bin" / "python"
+
+    def tool(self, name: str, *arguments: str | Path, log: Path, cwd: Path | None = None):
+        """Runs one of the compiler's tools, its words appended to `log`."""
+        environment = os.environ | {
+            # its tools start each other by name; PATH also keeps them in this environment
+            "PATH": os.pathsep.join([str(self.python.parent), os.environ.get("PATH", "")]),
+            "PYTHONPATH": str(STUBS),
+        }
+        environment.pop("PYTHONHOME", None)
+        run([self.python.parent / name, *arguments], log, cwd, environment)
+
+
+def run(command: list[str | Path], log: Path, cwd: Path | None = None, environment: dict[str, str] | None = None):
+    """Runs a command to its end; a failure is an error that quotes its last words and names the log."""
+    with log.open("ab") as words:
+        arguments = [str(c) for c in command]
+        done = subprocess.run(
+            arguments, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=words, stderr=words, check=False
+        )
+    if done.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
+        what = f"{Path(command[0]).name} failed with exit code {done.returncode}"
+        raise CompilerError(f"{what}: {lines[-1].strip()[:300]} (all of it: {log}).")
