@@ -1,0 +1,166 @@
+"""The demo's networks: Stable Diffusion 1.x in miniature, as ordinary diffusers and transformers models, and a judge.
+
+Stage             input                                        output
+text encoder      ids (B, 77) int64                            context (B, 77, 64)
+U-Net             latent (B, 4, h, w), timestep, context       predicted noise (B, 4, h, w)
+VAE encoder       picture (B, 3, 8h, 8w) in [-1, 1]            moments (B, 8, h, w)
+VAE decoder       latent (B, 4, h, w) / 0.18215                picture (B, 3, 8h, 8w) in [-1, 1]
+judge             picture (B, 3, 64, 64) in [-1, 1]            one row of logits per attribute
+All floats are float32.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from . import shapes
+
+TOKENS = 77
+CLIP_ROWS = 49408
+START, END = 49406, 49407  # SD 1.x pads with END as well
+WIDTH = 64  # of the context
+LATENT_SCALE = 0.18215  # Stable Diffusion 1.x: what multiplies a VAE latent to give it unit variance
+
+TOKEN_TABLE = "embeddings.token_embedding.weight"
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def build_text_encoder(rows: int = CLIP_ROWS, start: int = START, end: int = END) -> CLIPTextModel:
+    """A CLIP text model with `rows` token vectors; its `last_hidden_state`, after the last norm, is the context."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=rows,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=WIDTH,
+            attn_implementation="eager",
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,  # 16 groups, SD's proportion, hurts flat colours
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # the number of heads, whatever its name says
+    )
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=4,
+        sample_size=shapes.PIXELS,
+        scaling_factor=LATENT_SCALE,
+    )
+
+
+class Judge(nn.Module):
+    """Names the five attributes of a picture: a list of logits (B, number of values), in the order of shapes.VALUES."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width in (24, 32, 64, 64):
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(4, width), nn.SiLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
+            channels = width
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 128), nn.SiLU())
+        self.heads = nn.ModuleList(nn.Linear(128, len(values)) for values in shapes.VALUES.values())
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        features = self.body(pictures)
+        return [head(features) for head in self.heads]
+
+
+def tokenizer(folder: Path):
+    """CLIP's own tokenizer, from a folder with its vocab.json and merges.txt (ComfyUI: comfy/sd1_tokenizer)."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+class Vocabulary:
+    """The few token ids that the text encoder was trained on; all others share one vector.
+
+    Training sees rows of a small table (0 START, 1 END, 2 every unseen word, then the seen words), so that the file
+    holds a hundred vectors rather than CLIP's 49408; `expand` gives the full table back.
+    """
+
+    UNSEEN = 2
+
+    def __init__(self, seen: list[int]):
+        self.seen = seen
+        self.row = {START: 0, END: 1} | {token: 3 + i for i, token in enumerate(seen)}
+
+    def __len__(self):
+        return 3 + len(self.seen)
+
+    def rows(self, ids: list[int]) -> list[int]:
+        """A prompt's token ids without START and END -> 77 rows: cut to fit, framed and padded as SD 1.x does."""
+        rows = [0, *(self.row.get(i, self.UNSEEN) for i in ids[: TOKENS - 2]), 1]
+        return rows + [1] * (TOKENS - len(rows))
+
+    def expand(self, table: torch.Tensor) -> torch.Tensor:
+        """The small table (len(self), width) -> CLIP's (49408, width)."""
+        full = table[self.UNSEEN].repeat(CLIP_ROWS, 1)
+        for token, row in self.row.items():
+            full[token] = table[row]
+        return full
+
+
+def save(module: nn.Module, path: Path, **tensors: torch.Tensor):
+    """Writes a module's weights as float16, and `tensors` as they are."""
+    weights = {k: v.detach().half().contiguous() for k, v in module.state_dict().items() if v.is_floating_point()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights | tensors, path)
+
+
+def _load(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """Fills `module`, for inference."""
+    missing, unexpected = module.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    if unexpected or [k for k in missing if not k.endswith("position_ids")]:
+        raise ValueError(f"The weights do not fit: missing {missing}, unexpected {unexpected}. Train again.")
+    return module.eval().requires_grad_(False)
+
+
+def load_unet(folder: Path = WEIGHTS) -> UNet2DConditionModel:
+    return _load(build_unet(), load_file(folder / "unet.safetensors"))
+
+
+def load_vae(folder: Path = WEIGHTS) -> AutoencoderKL:
+    return _load(build_vae(), load_file(folder / "vae.safetensors"))
+
+
+def load_judge(folder: Path = WEIGHTS) -> Judge:
+    return _load(Judge(), load_file(folder / "judge.safetensors"))
+
+
+def load_text_encoder(folder: Path = WEIGHTS) -> CLIPTextModel:
+    """With all 49408 token vectors, for ids as CLIP's tokenizer gives them."""
+    weights = load_file(folder / "text_encoder.safetensors")
+    vocabulary = Vocabulary(weights.pop("seen_tokens").tolist())
+    weights[TOKEN_TABLE] = vocabulary.expand(weights[TOKEN_TABLE])
+    return _load(build_text_encoder(), weights)
