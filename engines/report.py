@@ -57,16 +57,17 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 def _picture_sizes(binding: Binding, network: Network) -> Iterator[str]:
     """One line a size, width first, as users know it; a text encoder has none."""
     if "latent" in binding.inputs:
-        latent = network.inputs[binding.inputs["latent"]]
-    elif "moments" in binding.outputs:
-        latent = network.outputs[binding.outputs["moments"]]
+        port, pixels = network.inputs[binding.inputs["latent"]], VAE_SCALE
+    elif "image" in binding.inputs:
+        port, pixels = network.inputs[binding.inputs["image"]], 1
     else:
         return
-    for height, width in dict.fromkeys(shape[2:] for shape in latent.shapes):
-        if min(height, width) < 0:
+    for shape in dict.fromkeys(shape[2:] for shape in port.shapes):
+        if min(shape) < 0:
             yield "picture of any size"
         else:
-            yield f"picture {width * VAE_SCALE}x{height * VAE_SCALE} (latent {width}x{height})"
+            height, width = (side * pixels for side in shape)
+            yield f"picture {width}x{height} (latent {width // VAE_SCALE}x{height // VAE_SCALE})"
 
 
 def _remarks(binding: Binding, network: Network) -> Iterator[str]:

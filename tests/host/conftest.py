@@ -1,0 +1,30 @@
+"""The host tier: a real ComfyUI with the pack in it, driven as any client drives it."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from tests.helpers import onnx_nets
+from tools.comfyui import Server
+from tools.install import DEMO_ONNX, comfyui
+
+ARITHMETIC = "arithmetic"      # models whose results can be computed by hand, 64x64 and 128x64 pictures
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """The server's folders, with models to load."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    onnx_nets.checkpoint(folder / "models" / "sophgo" / ARITHMETIC, sizes=((8, 8), (8, 16)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(base):
+    """One running server for all host tests; a test that harms it must leave it working, which is the point."""
+    need((comfyui() / "main.py").exists(), "ComfyUI is not installed: run 'python tools/install.py dev'")
+    need(any(DEMO_ONNX.glob("*.onnx")), "the demo model is not exported: run 'python tools/install.py host'")
+    with Server(base) as running:
+        yield running
