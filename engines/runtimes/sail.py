@@ -104,12 +104,14 @@ class Runtime:
                                "name an interpreter that has Sophgo's sail wheel") from error
         self._sail = sail
         self._device_id = int(options.get("device_id", 0))
+        count = self._count_devices()
+        if count is not None and not 0 <= self._device_id < count:   # on the simulator sail would end the process
+            raise RuntimeError(f"there is no tpu {self._device_id}: sail finds {self._present()}")
         try:
             # Kept until close: sail remembers the address of this very object, so it must outlive engines and tensors.
             self._handle = sail.Handle(self._device_id)
         except Exception as error:
-            raise RuntimeError(
-                f"tpu {self._device_id} cannot be opened ({_words(error)}): sail finds {self._present()}") from error
+            raise RuntimeError(f"tpu {self._device_id} cannot be opened (sail: {_words(error)})") from error
 
     def describe(self):
         """Who computes. memory_mb is the device's total, 0 where sail cannot tell (no PCIe card, simulator)."""
@@ -199,8 +201,8 @@ class Runtime:
 
         sail does not say that a launch failed. Therefore the last 16 elements of every output are overwritten on the
         device before the launch and read back after it: two transfers of at most 64 bytes an output, whatever its
-        size. If a mark is still there, the network is launched once more with the mark's complement, which the same
-        true result cannot equal; only if that stays too is the launch an error.
+        size (12 microseconds on Sophgo's simulator). If a mark is still there, the network is launched once more with
+        the mark's complement, which the same true result cannot equal; only if that stays too is it an error.
         """
         networks = self._model(model)
         if network not in networks:
@@ -362,7 +364,8 @@ class Runtime:
         """(total, used) megabytes, (0, 0) where sail cannot tell."""
         with contextlib.suppress(Exception):
             total, used = self._sail.get_dev_stat(self._device_id)[:2]
-            return int(total), int(used)
+            if 0 <= used <= total < 1 << 20:   # the simulator answers with uninitialised memory
+                return int(total), int(used)
         return 0, 0
 
     def _memory_left(self):

@@ -12,7 +12,8 @@ Enforced, each from reading sophon-sail 3.10.7 (src/bind.cpp, engine.cpp, graph.
   sync_s2d/d2s(size) and update_data only log a failed copy, sync_s2d/d2s(tensor, ...) raise MemoryError.
 - process with tensors: the tensors' names index arrays sized by what was given (missing: memory is overwritten;
   unknown: becomes tensor 0, for ever); dtypes come from the graph; the size of output memory is not checked; a
-  refused launch leaves outputs and shapes as they were; get_output_shape is the last launch's.
+  refused launch leaves outputs as they were; get_output_shape is the last launch's (after a refused one sail gives
+  uninitialised memory; here it stays as it was, which is easier to believe).
 - process with arrays: SYSI/SYSIO only, float32 in, a missing input keeps its last data, a non-contiguous array is
   rewritten in place, FP16 inputs refused, FP16/BF16 outputs read as float32, get_input_shape follows.
 - unknown graph: the process dies (ProcessDied; with SAIL_STANDIN_REAL_CRASH=1 by a real SIGSEGV).
