@@ -40,10 +40,12 @@ class Device:
         if model_file.format != self.format:
             raise DeviceError(f"'{model_file.path.name}' is a {model_file.format} file and device '{self.name}' runs "
                               f"{self.format} files: choose another device, or 'auto'.")
+        if model_file.chip is None:
+            return self.specs[0][1]
         chips = []
         for chip, spec in self.specs:
             chip = chip or str(Worker.of(spec).describe()["chip"])
-            if model_file.chip is None or chip == model_file.chip:
+            if chip == model_file.chip:
                 return spec
             chips.append(chip)
         raise DeviceError(f"'{model_file.path.name}' was compiled for {model_file.chip} and device '{self.name}' is "

@@ -149,7 +149,7 @@ class Worker:
     def _start(self) -> None:
         if self._channel is not None:
             return
-        import execnet                                   # here: importing the pack must stay cheap
+        import execnet  # here: importing the pack must stay cheap
         self._group = execnet.Group()
         where = f"ssh={self.spec.ssh}" if self.spec.ssh else "popen"
         python = self.spec.python if self.spec.ssh else shlex.quote(self.spec.python or sys.executable)

@@ -6,6 +6,7 @@ device memory ends the process: both are the supervisor's business (engines.work
 """
 import ctypes as C
 import os
+import re
 
 CHIPS = {0x1684: "BM1684", 0x1686: "BM1684X", 0x1688: "BM1688"}
 DTYPES = ["float32", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32", "bfloat16", "int4", "uint4"]
@@ -110,10 +111,10 @@ class Runtime(object):
         return "there are %d, numbered from 0" % count.value
 
     def describe(self):
-        version = self.lib.libbmlib_version() or b""
+        said = (self.lib.libbmlib_version() or b"").decode("ascii", "replace")
+        version = re.search(r"\d+(\.\d+)+", said)
         where = "simulator" if self.options.get("simulated") else "tpu %d" % int(self.options.get("device_id", 0))
-        return {"runtime": "libbmrt", "version": version.decode("ascii", "replace").strip() or "unknown",
-                "chip": self.chip, "device": where}
+        return {"runtime": "libbmrt", "version": version.group() if version else "of unknown version", "chip": self.chip, "device": where}
 
     # -- models ------------------------------------------------------------------------------------------------
     def load(self, path):

@@ -2,14 +2,14 @@
 import random
 import time
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from engines.network import ModelFileError, Network, Port
 from engines.onnxfile import external_files, read_onnx
 
-onnx = pytest.importorskip("onnx")
-np = pytest.importorskip("numpy")
-helper, TensorProto = onnx.helper, onnx.TensorProto
 
 
 def model(weight_inputs: bool = False, nodes: int = 1):
