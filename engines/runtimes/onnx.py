@@ -24,6 +24,7 @@ class Runtime(object):
         self.options.log_severity_level = 3
         self.options.intra_op_num_threads = int(options.get("threads", 0))
         self.models = {}
+        self.loaded = 0          # files so far: an unloaded model's number is never given again
 
     def describe(self):
         return {"runtime": "onnxruntime", "version": self.ort.__version__, "chip": "", "device": "cpu"}
@@ -33,9 +34,9 @@ class Runtime(object):
             session = self.ort.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise RuntimeError("onnxruntime could not load the file: %s" % error)
-        model = len(self.models) + 1
-        self.models[model] = session
-        return model
+        self.loaded += 1
+        self.models[self.loaded] = session
+        return self.loaded
 
     def networks(self, model):
         return ["main"]
