@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 
 demo: ## install what is missing, boot ComfyUI, run a shipped workflow, write a PNG
 	$(PYTHON) tools/install.py host
-	.local/venv/bin/python -m demo.run
+	.local/venv/bin/python -m demo.run $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(SEED),--seed $(SEED))
 
 test: ## install what is missing and run all tests
 	$(PYTHON) tools/install.py dev

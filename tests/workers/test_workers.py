@@ -41,6 +41,10 @@ def feeds(seed: int = 0, timestep: int = 500) -> dict[str, np.ndarray]:
             "context": rng.standard_normal((2, 77, 64)).astype(np.float32)}
 
 
+def expected(arrays) -> np.ndarray:
+    return onnx_nets.unet_result(arrays["latent"], arrays["t"], arrays["context"])
+
+
 def run(worker, path, arrays, resident=(), poll=lambda: None) -> np.ndarray:
     inputs = [Feed(name, str(a.dtype), a.shape, a.tobytes(), f"{name}-{hash(a.tobytes())}" if name in resident else "")
               for name, a in arrays.items()]
@@ -62,8 +66,7 @@ def gone(pid: int, seconds: float = 10) -> bool:
 
 def test_results_are_the_networks(worker, unet_file):
     arrays = feeds()
-    np.testing.assert_allclose(run(worker, unet_file, arrays),
-                               onnx_nets.unet_result(arrays["latent"], arrays["t"], arrays["context"]), atol=1e-5)
+    np.testing.assert_allclose(run(worker, unet_file, arrays), expected(arrays), atol=1e-5)
 
 
 def test_after_the_first_step_only_latent_and_timestep_go_in_and_the_prediction_out(worker, unet_file):
@@ -82,22 +85,20 @@ def test_resident_arrays_are_told_apart_by_content_and_come_back_after_eviction(
     prompts = [feeds(seed)["context"] for seed in range(3)]
     for context in [*prompts, *prompts]:
         arrays = {**feeds(), "context": context}
-        expected = onnx_nets.unet_result(arrays["latent"], arrays["t"], context)
-        np.testing.assert_allclose(run(worker, unet_file, arrays, {"context"}), expected, atol=1e-5)
+        np.testing.assert_allclose(run(worker, unet_file, arrays, {"context"}), expected(arrays), atol=1e-5)
     # The host believes that an array is there and the worker has dropped it: it is sent again, the result is right.
     arrays = {**feeds(), "context": feeds(9)["context"]}
     worker._sent.add(f"context-{hash(arrays['context'].tobytes())}")
-    np.testing.assert_allclose(run(worker, unet_file, arrays, {"context"}),
-                               onnx_nets.unet_result(arrays["latent"], arrays["t"], arrays["context"]), atol=1e-5)
+    np.testing.assert_allclose(run(worker, unet_file, arrays, {"context"}), expected(arrays), atol=1e-5)
 
 
 def test_a_killed_worker_is_one_sentence_and_the_next_call_works(worker, unet_file):
-    expected = run(worker, unet_file, feeds())
+    before = run(worker, unet_file, feeds())
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(WorkerDied, match="ended while running 'main'.*starts anew") as error:
         run(worker, unet_file, feeds())
     assert "\n" not in str(error.value)
-    np.testing.assert_array_equal(run(worker, unet_file, feeds()), expected)
+    np.testing.assert_array_equal(run(worker, unet_file, feeds()), before)
     assert worker.starts == 2
 
 
@@ -116,8 +117,7 @@ def test_a_cancelled_call_raises_what_poll_raises_and_the_next_call_gets_its_own
         with pytest.raises(Cancelled):
             run(worker, slow, feeds(), poll=cancel)
         assert time.monotonic() - started < 2, "the call itself takes longer"
-        np.testing.assert_allclose(run(worker, unet_file, feeds(3)),
-                                   onnx_nets.unet_result(feeds(3)["latent"], feeds(3)["t"], feeds(3)["context"]), atol=1e-5)
+        np.testing.assert_allclose(run(worker, unet_file, feeds(3)), expected(feeds(3)), atol=1e-5)
         assert gone(pid) if kill else worker.pid == pid
         worker.close()
 
@@ -184,8 +184,7 @@ def test_threads_take_turns(worker, unet_file):
     for thread in threads:
         thread.join()
     for seed, result in results.items():
-        arrays = feeds(seed)
-        np.testing.assert_allclose(result, onnx_nets.unet_result(arrays["latent"], arrays["t"], arrays["context"]), atol=1e-5)
+        np.testing.assert_allclose(result, expected(feeds(seed)), atol=1e-5)
 
 
 def test_no_log_or_process_is_left_behind(unet_file, tmp_path):
@@ -268,5 +267,5 @@ def test_the_sail_runtime_runs_stages_in_a_worker(tmp_path, monkeypatch):
     sail.write_bmodel(str(path), {"unet": spec})
     arrays = feeds()
     result = unet(arrays["latent"], np.full(2, 500.2, np.float32), arrays["context"])
-    np.testing.assert_allclose(result, onnx_nets.unet_result(arrays["latent"], arrays["t"], arrays["context"]), atol=1e-5)
+    np.testing.assert_allclose(result, expected(arrays), atol=1e-5)
     unet.engines[0].worker.close()

@@ -1,0 +1,1 @@
+"""What the pack costs, as ratios and counts measured in one run: `make bench`."""
