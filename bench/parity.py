@@ -31,4 +31,5 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
 def run(server: Server) -> Iterator[tuple[str, str]]:
     reference = picture(server, REFERENCE)
     for model in COMPILED:
-        yield f"{model} in the simulator against the ONNX reference", f"PSNR {psnr(picture(server, model), reference):.1f} dB"
+        yield (f"{model} in the simulator against the ONNX reference",
+               f"PSNR {psnr(picture(server, model), reference):.1f} dB")

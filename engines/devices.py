@@ -7,6 +7,7 @@ simulator if it is installed, and onnxruntime for `.onnx` files.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from .errors import DeviceError, EngineError
 from .network import ModelFile
 from .workers import Worker, WorkerSpec
+
+log = logging.getLogger("sophgo_ascend")
 
 AUTO = "auto"
 SIMULATOR_LIBRARIES = ("libbmlib.so.0", "libbmrt.so.1.0", "libcmodel.so")
@@ -80,6 +83,7 @@ class Devices:
             try:
                 return device.spec_for(model_file)
             except EngineError as error:
+                log.warning("auto passes over '%s': %s", device.name, error)
                 tried.append(f"{device.name}: {error}")
         wanted = f"chip {model_file.chip}" if model_file.chip else "onnxruntime"
         reasons = f" ({'; '.join(tried)})" if tried else ""

@@ -11,7 +11,7 @@ import numpy as np
 from .errors import EngineError
 from .network import ModelFile, Network
 from .roles import Binding, identify
-from .workers import NO_POLL, Feed, Worker, WorkerSpec
+from .workers import NO_POLL, Feed, FileVersion, Worker, WorkerSpec
 
 
 def to_wire(array: np.ndarray, dtype: str) -> bytes:
@@ -65,7 +65,8 @@ class Engine:
 
     def __post_init__(self):
         self.worker = Worker.of(self.spec)
-        self.worker.hold(self, self.model_file.path)
+        self.file = FileVersion.of(self.model_file.path)
+        self.worker.hold(self, self.file)
 
     @cached_property
     def binding(self) -> Binding:
@@ -103,12 +104,12 @@ class Engine:
                 digest = _digest(port.dtype, array.shape, data) if role in resident else ""
             inputs.append(Feed(port.name, port.dtype, tuple(array.shape), data, digest))
         outputs = [(port.name, port.dtype, port.shapes[variant]) for port in self.network.outputs]
-        answers = self.worker.run(self.model_file.path, self.network.name, inputs, outputs, poll)
+        answers = self.worker.run(self.file, self.network.name, inputs, outputs, poll)
         return {role: from_wire(*answers[index]) for role, index in self.binding.outputs.items()}
 
     def release(self) -> None:
         """Free the device now; the next call loads the file again."""
-        self.worker.unload(self.model_file.path)
+        self.worker.unload(self.file)
 
 
 def _fits(shape: tuple[int, ...], compiled: tuple[int, ...]) -> bool:

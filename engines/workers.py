@@ -43,6 +43,18 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
+class FileVersion:
+    """A model file as it is now: one that is replaced under the same name is another, and is loaded anew."""
+
+    path: Path
+    modified: int                        # nanoseconds
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        return cls(path, path.stat().st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Feed:
     """One input of a call. With a `digest` it stays on the device and later calls only name it."""
 
@@ -81,10 +93,10 @@ class Worker:
         self._lock = threading.Lock()
         self._group = self._channel = None
         self._numbers = itertools.count(1)
-        self._models: dict[str, int] = {}        # path -> model in the running process
+        self._models: dict[FileVersion, int] = {}      # the model in the running process
         self._sent: set[str] = set()             # digests the running process has seen
-        self._released: deque[str] = deque()     # paths whose last user is gone; unloaded at the next safe moment
-        self._holders: dict[str, int] = {}
+        self._released: deque[FileVersion] = deque()   # their last user is gone; unloaded at the next safe moment
+        self._holders: dict[FileVersion, int] = {}
         self._about: dict[str, object] = {}
         self._timer: threading.Timer | None = None
         self._last_used = 0.0
@@ -97,14 +109,14 @@ class Worker:
                 self._start()
             return dict(self._about)
 
-    def hold(self, owner: object, path: Path) -> None:
-        """Keep `path` loaded (once any call needed it) as long as `owner` lives."""
-        key = str(path)
+    def hold(self, owner: object, file: FileVersion) -> None:
+        """Keep `file` loaded (once any call needed it) as long as `owner` lives."""
         with self._pool_lock:
-            self._holders[key] = self._holders.get(key, 0) + 1
-        weakref.finalize(owner, self._drop, key)
+            self._holders[file] = self._holders.get(file, 0) + 1
+        weakref.finalize(owner, self._drop, file)
 
-    def run(self, path: Path, network: str, inputs: Sequence[Feed], outputs: Sequence[tuple[str, str, tuple[int, ...]]],
+    def run(self, file: FileVersion, network: str, inputs: Sequence[Feed],
+            outputs: Sequence[tuple[str, str, tuple[int, ...]]],
             poll: Callable[[], None] = NO_POLL) -> list[tuple[str, tuple[int, ...], bytes]]:
         """Run one network: outputs as (dtype, shape, bytes) in the order asked for.
 
@@ -112,7 +124,7 @@ class Worker:
         finishes or is closed, and the next call starts clean). Raises EngineError in one sentence.
         """
         with self._busy():
-            model = self._loaded(path, poll)
+            model = self._loaded(file, poll)
             answer = self._run_once(model, network, inputs, outputs, poll)
             if "missing" in answer:
                 self._sent.difference_update(answer["missing"])
@@ -120,10 +132,10 @@ class Worker:
             self.counters = answer["counters"]
             return answer["outputs"]
 
-    def unload(self, path: Path) -> None:
-        """Free what `path` holds on the device; a later call loads it again. The process ends with its last file."""
+    def unload(self, file: FileVersion) -> None:
+        """Free what `file` holds on the device; a later call loads it again. The process ends with its last file."""
         with self._busy():
-            self._released.append(str(path))
+            self._released.append(file)
 
     def close(self) -> None:
         """End the process if it runs; the next call starts a new one."""
@@ -151,7 +163,8 @@ class Worker:
             return
         import execnet  # here: importing the pack must stay cheap
         self._group = execnet.Group()
-        where = f"ssh={self.spec.ssh}" if self.spec.ssh else "popen"
+        # A server has nobody to type a password: ssh must fail rather than ask.
+        where = f"ssh=-o BatchMode=yes -o ConnectTimeout=10 {self.spec.ssh}" if self.spec.ssh else "popen"
         python = self.spec.python if self.spec.ssh else shlex.quote(self.spec.python or sys.executable)
         try:
             gateway = self._group.makegateway(f"{where}//python={python or 'python3'}")
@@ -204,14 +217,14 @@ class Worker:
                 self._stop(EXIT_SECONDS)
 
     # -- files -------------------------------------------------------------------------------------------------
-    def _drop(self, key: str) -> None:
+    def _drop(self, file: FileVersion) -> None:
         """A holder is gone. Runs wherever garbage is collected, perhaps inside a call of this very worker."""
         with self._pool_lock:
-            self._holders[key] -= 1
-            if self._holders[key]:
+            self._holders[file] -= 1
+            if self._holders[file]:
                 return
-            del self._holders[key]
-        self._released.append(key)
+            del self._holders[file]
+        self._released.append(file)
         if self._lock.acquire(blocking=False):
             try:
                 self._unload_released()
@@ -229,18 +242,18 @@ class Worker:
             with contextlib.suppress(EngineError):
                 self._call("unload", {"model": model}, NO_POLL, "unloading")
 
-    def _loaded(self, path: Path, poll: Callable[[], None]) -> int:
+    def _loaded(self, file: FileVersion, poll: Callable[[], None]) -> int:
         self._start()
-        key = str(path)
-        if key not in self._models:
+        if file not in self._models:
+            path = file.path
             try:
-                there = self._sent_file(path, poll) if self.spec.ssh else key
-                self._models[key] = self._call("load", {"path": there}, poll, f"loading {path.name}")["model"]
+                there = self._sent_file(path, poll) if self.spec.ssh else str(path)
+                self._models[file] = self._call("load", {"path": there}, poll, f"loading {path.name}")["model"]
             except WorkerDied:
                 raise
             except EngineError as error:
                 raise EngineError(f"'{path.name}' could not be loaded on '{self.spec.name}': {error}") from error
-        return self._models[key]
+        return self._models[file]
 
     def _sent_file(self, path: Path, poll: Callable[[], None]) -> str:
         """Bring a file to a worker on another machine, once: it is kept there under its content hash."""

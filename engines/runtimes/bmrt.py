@@ -114,7 +114,8 @@ class Runtime(object):
         said = (self.lib.libbmlib_version() or b"").decode("ascii", "replace")
         version = re.search(r"\d+(\.\d+)+", said)
         where = "simulator" if self.options.get("simulated") else "tpu %d" % int(self.options.get("device_id", 0))
-        return {"runtime": "libbmrt", "version": version.group() if version else "of unknown version", "chip": self.chip, "device": where}
+        return {"runtime": "libbmrt", "version": version.group() if version else "of unknown version",
+                "chip": self.chip, "device": where}
 
     # -- models ------------------------------------------------------------------------------------------------
     def load(self, path):

@@ -69,6 +69,9 @@ class CompiledModel(comfy.model_base.BaseModel):
     def stage(self) -> UNet:
         return self.diffusion_model.stage
 
+    def state_dict_for_saving(self, *args, **kwargs):
+        raise EngineError(f"{self.stage.names} is compiled: its weights cannot be saved as a checkpoint; copy the file.")
+
     def memory_required(self, input_shape, cond_shapes={}):
         return 0.0               # cond and uncond always share a call: the device's memory is not the host's
 

@@ -80,6 +80,9 @@ class EngineVAE(comfy.sd.VAE):
         """overlap: pixels."""
         return self.first_stage_model.encode(self.process_input(pixel_samples), overlap)
 
+    def get_sd(self):
+        raise EngineError(f"{self.first_stage_model.names} is compiled: its weights cannot be saved; copy the file.")
+
     def encode(self, pixel_samples):
         height, width = pixel_samples.shape[1:3]
         if height < PIXELS or width < PIXELS:

@@ -11,7 +11,6 @@ from engines.network import ModelFileError, Network, Port
 from engines.onnxfile import external_files, read_onnx
 
 
-
 def model(weight_inputs: bool = False, nodes: int = 1):
     weight = onnx.numpy_helper.from_array(np.ones((4, 3), np.float32), "w")
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4, None]),

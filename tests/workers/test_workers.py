@@ -15,7 +15,7 @@ import pytest
 from engines.assembly import Source
 from engines.devices import find_devices
 from engines.errors import DeviceError, EngineError, WorkerDied
-from engines.workers import Feed, Worker, WorkerSpec
+from engines.workers import Feed, FileVersion, Worker, WorkerSpec
 from tests.helpers import onnx_nets
 
 SAIL_STANDIN = Path(__file__).resolve().parents[1] / "helpers" / "sail_standin"
@@ -48,7 +48,7 @@ def expected(arrays) -> np.ndarray:
 def run(worker, path, arrays, resident=(), poll=lambda: None) -> np.ndarray:
     inputs = [Feed(name, str(a.dtype), a.shape, a.tobytes(), f"{name}-{hash(a.tobytes())}" if name in resident else "")
               for name, a in arrays.items()]
-    (dtype, shape, data), = worker.run(path, "main", inputs, [("prediction", "float32", (2, 4, 8, 8))], poll)
+    (dtype, shape, data), = worker.run(FileVersion.of(path), "main", inputs, [("prediction", "float32", (2, 4, 8, 8))], poll)
     return np.frombuffer(data, dtype).reshape(shape)
 
 
@@ -160,17 +160,24 @@ def test_the_process_ends_with_the_last_file_that_anyone_holds(worker, unet_file
         pass
     other = onnx_nets.unet(tmp_path / "other.onnx")
     first, second = Owner(), Owner()
-    worker.hold(first, unet_file)
-    worker.hold(second, other)
+    worker.hold(first, FileVersion.of(unet_file))
+    worker.hold(second, FileVersion.of(other))
     run(worker, unet_file, feeds())
     run(worker, other, feeds())
     pid = worker.pid
     del first
     gc.collect()
-    assert worker.pid == pid and set(worker._models) == {str(other)}
+    assert worker.pid == pid and set(worker._models) == {FileVersion.of(other)}
     del second
     gc.collect()
     assert gone(pid)
+
+
+def test_a_file_replaced_under_the_same_name_is_loaded_anew(worker, unet_file):
+    run(worker, unet_file, feeds())
+    onnx_nets.unet(unet_file, nan_at=500)
+    os.utime(unet_file, ns=(1, 1))
+    assert np.isnan(run(worker, unet_file, feeds(timestep=500))).all()
 
 
 def test_threads_take_turns(worker, unet_file):
