@@ -104,21 +104,20 @@ def _first_calls(function, model, sigmas, extra_args, options) -> list[int]:
 
 
 class _OneStep(comfy.samplers.KSAMPLER):
-    """A KSAMPLER that replays `known` calls and returns the latent after step `step` of its schedule."""
+    """A KSAMPLER that replays `known` calls and returns the latent after step `step` of its schedule; `last`: after all."""
 
-    def __init__(self, sampler: comfy.samplers.KSAMPLER, known: tuple, step: int):
+    def __init__(self, sampler: comfy.samplers.KSAMPLER, known: tuple, step: int, last: bool):
         super().__init__(sampler.sampler_function, sampler.extra_options, sampler.inpaint_options)
-        self.known, self.step = known, step
+        self.known, self.step, self.last = known, step, last
         self.inner, self.sampler_function = sampler.sampler_function, self._run
 
     def _run(self, model, x, sigmas, extra_args, callback, disable, **options):
         firsts = _first_calls(self.inner, model, sigmas, extra_args, options)
-        last = self.step == len(sigmas) - 2
-        recorder = _Recorder(model, self.known[:firsts[self.step]], None if last else firsts[self.step + 1],
+        recorder = _Recorder(model, self.known[:firsts[self.step]], None if self.last else firsts[self.step + 1],
                              len(extra_args["model_options"].get(POST_CFG, [])))
 
         def report(info):
-            if info["i"] == self.step:
+            if info["i"] >= self.step:
                 callback(info)
         try:
             result = self.inner(recorder, x, sigmas.clone(), extra_args=extra_args, callback=report, disable=True,
@@ -151,9 +150,14 @@ def sample_step(model, positive, negative, latent: dict, step: int, steps: int, 
             and torch.equal(trace.result, latent["samples"])
             and trace.begin.get("noise_mask") is latent.get("noise_mask")):
         trace = _begin(model, latent, settings, step, seed, add_noise)
-    sampler = _OneStep(comfy.samplers.sampler_object(sampler_name), trace.calls, step - trace.start)
     sigmas = comfy.samplers.KSampler(model, steps=steps, device=model.load_device, sampler=sampler_name,
                                      scheduler=scheduler, denoise=1.0, model_options=model.model_options).sigmas
+    # Some schedulers give a level more than asked for (ddim_uniform) or fewer (beta, with hundreds of steps). As in
+    # KSampler all of them are run, so that the last step takes what is left, and none remain for a step beyond them.
+    if step >= len(sigmas) - 1:
+        return latent, latent
+    last = step in (steps - 1, len(sigmas) - 2)
+    sampler = _OneStep(comfy.samplers.sampler_object(sampler_name), trace.calls, step - trace.start, last)
     estimate = {}
     preview = latent_preview.prepare_callback(model, steps)
 
