@@ -121,6 +121,9 @@ class UNet(Stage):
         `where` is added to errors about the numbers ("at step 3 of 20"). Raises EngineError.
         """
         engine, variant = self._pick(latent.shape[-2:])
+        if not np.isfinite(latent).all():
+            raise EngineError(f"The sampler gave the {self.title} NaN or infinite values{where}, before the network ran: "
+                              "look at the latent, the scheduler (kl_optimal needs 2 steps) and the nodes before it.")
         context = self._context(context, engine, variant)
         batch = engine.shape("latent", variant)[0]
         prediction = np.empty((len(latent), 4, *latent.shape[-2:]), np.float32)
