@@ -6,7 +6,6 @@ from pathlib import Path
 
 from .devices import Devices
 from .engine import Engine
-from .errors import DeviceError
 from .files import find_models, read_model
 from .network import ModelFile, ModelFileError, Network
 from .roles import ROLES, identify
@@ -28,7 +27,7 @@ class Source:
                                for network in file.networks))
 
     def engines(self, role: str, devices: Devices, device: str, required: bool = True) -> list[Engine]:
-        """Engines for every network of `role`, all of one format and chip: the first that `device` can run.
+        """Engines for every network of `role` of the one format and chip that `device` runs (`auto`: runs best).
 
         Raises ModelFileError if there is none (an empty list where not `required`), DeviceError if no device fits.
         """
@@ -36,21 +35,14 @@ class Source:
         for file, network, found in self.networks:
             if found == role:
                 kinds.setdefault((file.format, file.chip), []).append((file, network))
-        if not kinds and required:
+        if not kinds:
+            if not required:
+                return []
             held = sorted({ROLES.get(found, "an unknown network") for *_, found in self.networks})
             raise ModelFileError(f"'{self.name}' holds no {ROLES[role]}, only: {', '.join(held) or 'nothing'}; pick "
                                  f"another file, or add one to its folder.")
-        refusals = []
-        for members in (kinds[kind] for kind in sorted(kinds, key=str)):      # bmodel before onnx
-            try:
-                spec = devices.choose(device, members[0][0])
-            except DeviceError as error:
-                refusals.append(error)
-                continue
-            return [Engine(file, network, spec) for file, network in members]
-        if refusals:
-            raise refusals[0]
-        return []
+        chosen, spec = devices.choose(device, [members[0][0] for members in kinds.values()])
+        return [Engine(file, network, spec) for file, network in kinds[chosen.format, chosen.chip]]
 
     def text_encoder(self, devices: Devices, device: str, poll: Poll) -> TextEncoder:
         return TextEncoder(self.engines("text_encoder", devices, device)[0], poll)

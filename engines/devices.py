@@ -71,24 +71,31 @@ class Devices:
             raise DeviceError(f"Device '{name}' is not on this server, which has: {', '.join(self.names())}; choose "
                               "one of those, or describe it in the accelerator settings file.")
 
-    def choose(self, name: str, model_file: ModelFile) -> WorkerSpec:
-        """The worker for a file on the device called `name`; `auto` takes the first that fits. Raises DeviceError."""
+    def choose(self, name: str, files: Sequence[ModelFile]) -> tuple[ModelFile, WorkerSpec]:
+        """Which of some equivalent files to run, and the worker for it, on the device called `name`.
+
+        `auto` takes the first device that can run one of them. Raises DeviceError with the reason for each that cannot.
+        """
         self.check(name)
-        if name != AUTO:
-            return next(device for device in self.devices if device.name == name).spec_for(model_file)
-        tried = []
+        reasons = []
         for device in self.devices:
-            if device.format != model_file.format:
+            if name not in (AUTO, device.name):
                 continue
-            try:
-                return device.spec_for(model_file)
-            except EngineError as error:
-                log.warning("auto passes over '%s': %s", device.name, error)
-                tried.append(f"{device.name}: {error}")
-        wanted = f"chip {model_file.chip}" if model_file.chip else "onnxruntime"
-        reasons = f" ({'; '.join(tried)})" if tried else ""
-        remedy = HOW_TO_SIMULATE if model_file.format == "bmodel" else "install onnxruntime in ComfyUI's interpreter"
-        raise DeviceError(f"No device for '{model_file.path.name}' ({wanted}) on this server{reasons}; {remedy}.")
+            for file in files:
+                if name == AUTO and file.format != device.format:
+                    continue
+                try:
+                    return file, device.spec_for(file)
+                except EngineError as error:
+                    # A card that is passed over must not go unnoticed; the simulator lacking a chip is no news.
+                    log.log(logging.INFO if device.simulated else logging.WARNING, "%s", error)
+                    reasons.append(error)
+        if name != AUTO:
+            raise reasons[0]
+        wanted = " or ".join(dict.fromkeys(f"chip {file.chip}" if file.chip else "onnxruntime" for file in files))
+        tried = f" ({'; '.join(map(str, reasons))})" if reasons else ""
+        remedy = HOW_TO_SIMULATE if files[0].format == "bmodel" else "install onnxruntime in ComfyUI's interpreter"
+        raise DeviceError(f"No device for '{files[0].path.name}' ({wanted}) on this server{tried}; {remedy}.")
 
 
 def find_devices(settings_file: Path | None, pack: Path, dev: Path = Path("/dev")) -> Devices:

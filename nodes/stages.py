@@ -26,8 +26,8 @@ class SophgoTextEncode(PackNode):
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="",
                                 tooltip="What it must not show; may stay empty."),
             ],
-            outputs=[io.Conditioning.Output("positive", tooltip="The prompt."),
-                     io.Conditioning.Output("negative", tooltip="The negative prompt.")],
+            outputs=[io.Conditioning.Output("positive", display_name="positive", tooltip="The prompt."),
+                     io.Conditioning.Output("negative", display_name="negative", tooltip="The negative prompt.")],
         )
 
     @classmethod
@@ -59,13 +59,16 @@ class SophgoUNetStep(PackNode):
                                tooltip="The sampler, as in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple",
                                tooltip="The schedule of noise levels, as in KSampler."),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
+                # No "control after generate": a seed that changes by itself would break the chain it is in.
+                io.Int.Input("seed", default=0, min=0, max=MAX_SEED,
                              tooltip="Of the noise; the same in every step of a run."),
                 io.Boolean.Input("add_noise", default=True,
                                  tooltip="Add noise to the latent that begins a run. Later steps never add any."),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="The latent after this step, for the next one."),
-                     io.Latent.Output("denoised", tooltip="The model's estimate of the finished picture at this step.")],
+            outputs=[io.Latent.Output("latent", display_name="latent",
+                                      tooltip="The latent after this step, for the next one."),
+                     io.Latent.Output("denoised", display_name="denoised",
+                                      tooltip="The model's estimate of the finished picture at this step.")],
         )
 
     @classmethod

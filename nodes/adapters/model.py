@@ -10,6 +10,7 @@ from ...engines.stages import SizeError, UNet
 from .patcher import CPU, CompiledPatcher, patcher_for
 
 INPAINT_CHANNELS = 9     # latent, mask, masked latent
+SD1_CHANNELS = 320       # of the first block of an SD 1.x U-Net; FreeU and its kind reckon with it
 
 
 class CompiledUNet(torch.nn.Module):
@@ -20,6 +21,7 @@ class CompiledUNet(torch.nn.Module):
     def __init__(self, stage: UNet):
         super().__init__()
         self.stage = stage
+        self.in_channels = stage.channels      # stock nodes ask for it
 
     def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **extra):
         """x (B,C,h,w), timesteps (B,), context (B,77n,D) -> raw prediction (B,4,h,w), float32."""
@@ -58,7 +60,7 @@ class CompiledModel(comfy.model_base.BaseModel):
 
     def __init__(self, stage: UNet):
         config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": stage.channels,
-                                              "context_dim": stage.width})
+                                              "context_dim": stage.width, "model_channels": SD1_CHANNELS})
         super().__init__(config, model_type=comfy.model_base.ModelType.EPS, device=CPU)
         self.diffusion_model = CompiledUNet(stage)
         self.latent_size = None      # of the latent that is being sampled

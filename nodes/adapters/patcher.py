@@ -33,6 +33,27 @@ class CompiledPatcher(comfy.model_patcher.ModelPatcher):
     def get_key_patches(self, filter_prefix=None):
         self._refuse("wants to read weights")
 
+    def model_state_dict(self, filter_prefix=None):
+        self._refuse("wants to read weights")      # attention multipliers and LoRA extraction start from these
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        raise EngineError(f"A hook of a condition wants to patch weights, and the {self.stage.title} in "
+                          f"{self.stage.names} is compiled: its weights are fixed. Remove the hook (CreateHookLora and "
+                          "its kind), or apply the LoRA before compiling.")
+
+    def patch_hooks(self, hooks):
+        pass                                       # hooks that patch weights were refused, the others need none
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if force_patch_weights:
+            self._refuse("wants to save weights")
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+    def add_wrapper_with_key(self, wrapper_type, key, wrapper):
+        if key == "torch.compile":
+            self._refuse("wants to compile with torch")
+        super().add_wrapper_with_key(wrapper_type, key, wrapper)
+
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model"):
             self._refuse(f"wants to replace '{name}'")

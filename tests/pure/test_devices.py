@@ -33,7 +33,7 @@ def test_auto_comes_first_and_the_simulator_serves_each_chip_by_its_own_worker(t
     simulator(tmp_path, "bm1684", "bm1684x")
     devices = find_devices(None, tmp_path)
     assert devices.names()[:2] == ["auto", "simulator"]
-    x, old = devices.choose("auto", bmodel("BM1684X")), devices.choose("simulator", bmodel("BM1684"))
+    x, old = devices.choose("auto", [bmodel("BM1684X")])[1], devices.choose("simulator", [bmodel("BM1684")])[1]
     assert x != old and x.idle_seconds and x.kill_on_cancel
     assert dict(x.options)["libraries"].endswith("bm1684x")
 
@@ -49,10 +49,18 @@ def test_configured_devices_come_before_the_simulator(tmp_path):
     path = settings(tmp_path, '[[device]]\nname = "card0"\nruntime = "sail"\npython = "/usr/bin/python3.8"\n'
                               'chip = "BM1684X"\ndevice_id = 1\n')
     devices = find_devices(path, tmp_path)
-    spec = devices.choose("auto", bmodel("BM1684X"))
+    spec = devices.choose("auto", [bmodel("BM1684X")])[1]
     assert (spec.name, spec.runtime, spec.python, dict(spec.options)) == (
         "card0", "sail", "/usr/bin/python3.8", {"device_id": 1})
     assert not spec.kill_on_cancel and spec.idle_seconds is None
+
+
+def test_a_card_is_preferred_to_a_file_that_only_the_simulator_runs(tmp_path):
+    """A folder with files for two chips: the device decides, not the order of the files."""
+    simulator(tmp_path, "bm1684", "bm1684x")
+    path = settings(tmp_path, '[[device]]\nname = "card0"\nruntime = "sail"\nchip = "BM1684X"\n')
+    file, spec = find_devices(path, tmp_path).choose("auto", [bmodel("BM1684"), bmodel("BM1684X"), ONNX])
+    assert (file.chip, spec.name) == ("BM1684X", "card0")
 
 
 def test_settings_move_and_switch_off_the_simulator(tmp_path):
@@ -64,7 +72,7 @@ def test_settings_move_and_switch_off_the_simulator(tmp_path):
 
 
 def test_an_onnx_file_goes_to_onnxruntime(tmp_path):
-    spec = find_devices(settings(tmp_path, '[onnx]\npython = "/opt/py/bin/python"\n'), tmp_path).choose("auto", ONNX)
+    spec = find_devices(settings(tmp_path, '[onnx]\npython = "/opt/py/bin/python"\n'), tmp_path).choose("auto", [ONNX])[1]
     assert (spec.runtime, spec.python) == ("onnx", "/opt/py/bin/python")
 
 
@@ -77,14 +85,14 @@ def test_an_onnx_file_goes_to_onnxruntime(tmp_path):
 def test_what_does_not_fit_is_said_in_one_sentence(tmp_path, ask, file, words):
     simulator(tmp_path, "bm1684x")
     with pytest.raises(DeviceError) as error:
-        find_devices(None, tmp_path).choose(ask, file)
+        find_devices(None, tmp_path).choose(ask, [file])
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
 
 def test_without_anything_the_error_says_how_to_get_a_simulator(tmp_path):
     with pytest.raises(DeviceError, match="tools/install.py simulator"):
-        find_devices(None, tmp_path).choose("auto", bmodel("BM1684X"))
+        find_devices(None, tmp_path).choose("auto", [bmodel("BM1684X")])[1]
 
 
 @pytest.mark.parametrize("text,words", [
