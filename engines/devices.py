@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,15 @@ SIMULATOR_IDLE_SECONDS = 5.0
 SIMULATOR_NICE = 10                 # its threads busy-poll; the server must stay responsive
 LIBSOPHON = Path("/opt/sophon/libsophon-current/lib")
 DEVICE_NODES = ("bm-sophon[0-9]*", "bm-tpu[0-9]*")       # PCIe cards; the TPU of a SoC box
+# The keys of the settings file and what they hold (docs/devices.md).
+KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "device": {"name": (str,), "runtime": (str,), "device_id": (int,), "chip": (str,), "python": (str,), "ssh": (str,),
+               "libraries": (str,)},
+    "simulator": {"enabled": (bool,), "libraries": (str,), "python": (str,), "idle_seconds": (int, float)},
+    "onnx": {"python": (str,), "threads": (int,)},
+}
+WORDS = {(str,): "a text", (int,): "a whole number", (int, float): "a number", (bool,): "true or false"}
+RESERVED_NAMES = (AUTO, "same")
 RUNTIME_FORMATS = {"bmrt": "bmodel", "sail": "bmodel", "onnx": "onnx"}
 HOW_TO_SIMULATE = "install Sophgo's simulator with 'python tools/install.py simulator' in the pack's folder"
 
@@ -105,7 +114,7 @@ def find_devices(settings_file: Path | None, pack: Path, dev: Path = Path("/dev"
     Raises DeviceError with one sentence for a settings file that cannot be understood. Opens no device.
     """
     settings = _read(settings_file) if settings_file and settings_file.exists() else {}
-    devices = [_configured(table, index) for index, table in enumerate(settings.get("device", []))]
+    devices = [_configured(table) for table in settings.get("device", [])]
     taken = {device.name for device in devices}
     simulator, onnx = settings.get("simulator", {}), settings.get("onnx", {})
     found = [*_hardware(dev), *_simulator(simulator, pack), *_onnx(onnx)]
@@ -118,25 +127,45 @@ def _read(path: Path) -> dict:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DeviceError(f"The accelerator settings in {path} could not be read: {error}.") from error
+    for mistake in _mistakes(settings):
+        raise DeviceError(f"The accelerator settings in {path} cannot be used: {mistake}.")
+    return settings
 
 
-def _configured(table: dict, index: int) -> Device:
-    known = {"name", "runtime", "device_id", "python", "ssh", "libraries", "chip"}
-    where = f"[[device]] number {index + 1} of the accelerator settings"
-    if unknown := set(table) - known:
-        raise DeviceError(f"{where} has unknown keys: {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))}).")
-    runtime = table.get("runtime")
-    if not table.get("name") or runtime not in RUNTIME_FORMATS:
-        raise DeviceError(f"{where} needs a 'name' and a 'runtime', one of: {', '.join(RUNTIME_FORMATS)}.")
-    options: dict[str, object] = {"device_id": int(table.get("device_id", 0))}
-    if runtime == "bmrt":
-        options["libraries"] = str(table.get("libraries", LIBSOPHON))
-    spec = WorkerSpec(table["name"], runtime, tuple(sorted(options.items())), python=table.get("python", ""),
+def _mistakes(settings: dict) -> Iterator[str]:
+    """What is wrong, in the order of the file; what yields nothing needs no further check."""
+    names = set()
+    for title, content in settings.items():
+        if title not in KEYS:
+            yield f"there is no [{title}], only {', '.join(KEYS)}"
+        many = title == "device"
+        tables = content if many and isinstance(content, list) else [content]
+        for number, table in enumerate(tables, 1):
+            where = f"[[device]] number {number}" if many else f"[{title}]"
+            if not isinstance(table, dict) or many and tables is not content:
+                yield f"{title} is not a table headed {'[[device]]' if many else where}"
+            if unknown := sorted(set(table) - set(KEYS[title])):
+                yield f"{where} has unknown keys: {', '.join(unknown)} (known: {', '.join(sorted(KEYS[title]))})"
+            for key, value in table.items():
+                if type(value) not in KEYS[title][key]:
+                    yield f"{where} has {key} = {value!r}, which is not {WORDS[KEYS[title][key]]}"
+            if many and (not table.get("name") or table.get("runtime") not in RUNTIME_FORMATS):
+                yield f"{where} needs a 'name' and a 'runtime', one of: {', '.join(RUNTIME_FORMATS)}"
+            if many and table["name"] in {*names, *RESERVED_NAMES}:
+                yield f"{where} has the name '{table['name']}', which is taken"
+            names.add(table.get("name"))
+
+
+def _configured(table: dict) -> Device:
+    options: dict[str, object] = {"device_id": table.get("device_id", 0)}
+    if table["runtime"] == "bmrt":
+        options["libraries"] = table.get("libraries", str(LIBSOPHON))
+    spec = WorkerSpec(table["name"], table["runtime"], tuple(sorted(options.items())), python=table.get("python", ""),
                       ssh=table.get("ssh", ""))
-    return Device(table["name"], RUNTIME_FORMATS[runtime], ((table.get("chip", ""), spec),))
+    return Device(table["name"], RUNTIME_FORMATS[table["runtime"]], ((table.get("chip", ""), spec),))
 
 
 def _hardware(dev: Path) -> list[Device]:
@@ -166,5 +195,5 @@ def _onnx(settings: dict) -> list[Device]:
     python = settings.get("python", "")
     if not python and importlib.util.find_spec("onnxruntime") is None:
         return []
-    options = (("threads", int(settings.get("threads", 0))),)
+    options = (("threads", settings.get("threads", 0)),)
     return [Device("onnx", "onnx", (("", WorkerSpec("onnx", "onnx", options, python=python)),))]

@@ -41,8 +41,11 @@ def source(name: str) -> Source:
 
 def devices() -> Devices:
     """Read afresh each time: the owner may edit the settings while the server runs. Raises DeviceError."""
-    user = Path(folder_paths.get_user_directory()) / SETTINGS_NAME
-    return find_devices(Path(os.environ.get(SETTINGS_VARIABLE) or user), PACK)
+    return find_devices(_settings(), PACK)
+
+
+def _settings() -> Path:
+    return Path(os.environ.get(SETTINGS_VARIABLE) or Path(folder_paths.get_user_directory()) / SETTINGS_NAME)
 
 
 def device_names() -> list[str]:
@@ -54,13 +57,18 @@ def device_names() -> list[str]:
 
 
 def fingerprint(*names: str) -> tuple:
-    """Changes when a file of `names` does, so that a replaced file is loaded again."""
-    stamps = []
+    """Changes when a file of `names` or the settings do, so that a replaced file is loaded again."""
+    stamps = [_stamp(_settings())] if _settings().exists() else []
     for name in names:
         try:
             path = resolve(name, roots())
             files = find_models(path, roots()) if path.is_dir() else [path]
-            stamps += [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+            stamps += map(_stamp, files)
         except (ModelFileError, OSError):
             stamps.append((name, 0, 0))
     return tuple(stamps)
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    stat = file.stat()
+    return str(file), stat.st_mtime_ns, stat.st_size
