@@ -4,6 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
+from ..engines.errors import EngineError
 from . import library
 from .adapters.clip import ERROR, TRUNCATE, as_clip
 from .adapters.host import poll, tell
@@ -152,6 +153,8 @@ class SophgoLoadVAE(PackNode):
 
     @classmethod
     def execute(cls, decoder_name, encoder_name, device, latent_scale) -> io.NodeOutput:
+        if latent_scale not in (OUTSIDE, INSIDE):
+            raise EngineError(f"latent_scale cannot be '{latent_scale}': choose '{OUTSIDE}' or '{INSIDE}'.")
         devices, inside = library.devices(), latent_scale == INSIDE
         source = library.source(decoder_name)
         decoder = source.vae_decoder(devices, device, poll, inside)

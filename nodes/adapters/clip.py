@@ -76,6 +76,8 @@ class _Target:
 
 def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str]) -> comfy.sd.CLIP:
     """The CLIP for a text encoder stage. long_prompts: TRUNCATE (with a warning on the node) or ERROR."""
+    if long_prompts not in (TRUNCATE, ERROR):
+        raise EngineError(f"long_prompts cannot be '{long_prompts}': choose '{TRUNCATE}' or '{ERROR}'.")
     # Without an initial device ComfyUI does not load the patcher it makes, so that ours can take its place.
     clip = comfy.sd.CLIP(_Target(stage, long_prompts), embedding_directory=embedding_directory,
                          model_options={"load_device": CPU, "offload_device": CPU, "initial_device": None,
