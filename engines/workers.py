@@ -178,7 +178,8 @@ class Worker:
                               f"({error}); check the accelerator settings file.") from error
         except EngineError as error:
             self._stop(0)
-            raise DeviceError(f"Device '{self.spec.name}' did not start: {error}") from error
+            raise DeviceError(f"Device '{self.spec.name}' did not start in {self._origin()}: "
+                              f"{str(error).rstrip('.')}.") from error
         self.starts += 1
 
     def _origin(self) -> str:
