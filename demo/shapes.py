@@ -32,7 +32,7 @@ POSITIONS = {
     "bottom right": (1, 1),
 }
 JITTER_PIXELS = 5
-JITTER_DEGREES = 20
+JITTER_DEGREES = 12
 
 
 def _ring(angles, radii) -> np.ndarray:

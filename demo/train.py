@@ -22,7 +22,7 @@ from . import nets, shapes
 from .nets import LATENT_SCALE, WIDTH
 
 PICTURES = 40_000
-STEPS = {"text": 1400, "vae": 4400, "unet": 5200, "decoder": 6500, "judge": 1800}
+STEPS = {"text": 1400, "vae": 4400, "unet": 5200, "unet2": 3600, "decoder": 6500, "judge": 1800}
 UNSEEN_WORDS = 0.3  # the share of captions with words nobody taught
 EMPTY_CAPTIONS = 0.1  # the share of U-Net examples without a caption: what classifier-free guidance needs
 OPEN_ATTRIBUTE = 0.05  # the share of captions without a shape, and without a colour
@@ -237,9 +237,11 @@ def contexts_of(encoder: nn.Module, rows: list[list[int]]) -> torch.Tensor:
     return torch.cat([encoder(r).last_hidden_state.half() for r in rows.split(256)])
 
 
-def train_unet(vae: nn.Module, encoder: nn.Module, prompts: Prompts, data: Data, steps: int) -> nn.Module:
+def train_unet(
+    unet: nn.Module, rate: float, vae: nn.Module, encoder: nn.Module, prompts: Prompts, data: Data, steps: int
+) -> nn.Module:
     """Predicts the noise (epsilon), the loss weighted by min-SNR (https://arxiv.org/abs/2303.09556), gamma 5."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng([5, steps])
     batch, captions_each = 64, 2
     latents = latents_of(vae, data) * LATENT_SCALE
     print(f"unet: latent mean {latents.mean():.3f}, deviation {latents.std((0, 2, 3)).tolist()}", flush=True)
@@ -250,8 +252,8 @@ def train_unet(vae: nn.Module, encoder: nn.Module, prompts: Prompts, data: Data,
     empty = contexts_of(encoder, [prompts.empty(rng) for _ in range(2000)])
 
     signal = alphas_cumprod()
-    unet = nets.build_unet().to(memory_format=torch.channels_last)
-    fit = Fit("unet", unet, steps, rate=2e-3)
+    unet = unet.train().to(memory_format=torch.channels_last)
+    fit = Fit("unet", unet, steps, rate)
     for _ in fit:
         index = rng.integers(len(latents), size=batch)
         context = contexts[rng.integers(captions_each)][index].float()
@@ -330,7 +332,10 @@ def main():
     encoder = stage("text", encoder, lambda steps: train_text_encoder(prompts, steps))
     vae = stage("vae", nets.build_vae(), lambda steps: train_vae(data, steps))
     print(f"vae: PSNR {psnr(vae, data):.1f} dB", flush=True)
-    unet = stage("unet", nets.build_unet(), lambda steps: train_unet(vae, encoder, prompts, data, steps))
+    denoising = (vae, encoder, prompts, data)
+    unet = stage("unet", nets.build_unet(), lambda steps: train_unet(nets.build_unet(), 2e-3, *denoising, steps))
+    # a second round from a lower rate (a warm restart, https://arxiv.org/abs/1608.03983) is what makes stars stars
+    unet = stage("unet2", unet, lambda steps: train_unet(unet, 1.2e-3, *denoising, steps))
     vae = stage("decoder", nets.build_vae(), lambda steps: tune_decoder(vae, data, steps))
     print(f"decoder: PSNR {psnr(vae, data):.1f} dB", flush=True)
     judge = stage("judge", nets.Judge(), lambda steps: train_judge(data, steps))
