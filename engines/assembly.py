@@ -41,6 +41,8 @@ class Source:
             held = sorted({ROLES.get(found, "an unknown network") for *_, found in self.networks})
             raise ModelFileError(f"'{self.name}' holds no {ROLES[role]}, only: {', '.join(held) or 'nothing'}; pick "
                                  f"another file, or add one to its folder.")
+        for file in {id(file): file for members in kinds.values() for file, _ in members}.values():
+            _refuse_half_on_bm1684(file)
         chosen, spec = devices.choose(device, [members[0][0] for members in kinds.values()])
         return [Engine(file, network, spec) for file, network in kinds[chosen.format, chosen.chip]]
 
@@ -57,6 +59,14 @@ class Source:
                     required: bool = False) -> VAEEncoder | None:
         found = self.engines("vae_encoder", devices, device, required)
         return VAEEncoder(found, latent_scale_inside, poll) if found else None
+
+
+def _refuse_half_on_bm1684(file: ModelFile) -> None:
+    """The BM1684 computes in INT8 and FP32, nothing between (its data sheet)."""
+    halves = {port.dtype for network in file.networks for port in (*network.inputs, *network.outputs)}
+    if file.chip == "BM1684" and halves & {"float16", "bfloat16"}:
+        raise ModelFileError(f"'{file.path.name}' has 16-bit floats and the BM1684 computes in F32 only: compile it as "
+                             "F32, or for BM1684X.")
 
 
 def _role(network: Network) -> str:
