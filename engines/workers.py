@@ -160,7 +160,9 @@ class Worker:
 
     def _start(self) -> None:
         if self._channel is not None:
-            return
+            if self._group[0].hasreceiver():
+                return
+            self._stop(0)         # it ended while nobody waited for it, so nobody need hear of it
         import execnet  # here: importing the pack must stay cheap
         self._group = execnet.Group()
         # A server has nobody to type a password: ssh must fail rather than ask.
@@ -250,8 +252,8 @@ class Worker:
             try:
                 there = self._sent_file(path, poll) if self.spec.ssh else str(path)
                 self._models[file] = self._call("load", {"path": there}, poll, f"loading {path.name}")["model"]
-            except WorkerDied:
-                raise
+            except WorkerDied as error:
+                raise WorkerDied(f"{error} If it ends there each time, the file is damaged.") from None
             except EngineError as error:
                 raise EngineError(f"'{path.name}' could not be loaded on '{self.spec.name}': {error}") from error
         return self._models[file]
