@@ -102,8 +102,10 @@ class Devices:
         if name != AUTO:
             raise reasons[0]
         wanted = " or ".join(dict.fromkeys(f"chip {file.chip}" if file.chip else "onnxruntime" for file in files))
-        tried = f" ({'; '.join(map(str, reasons))})" if reasons else ""
+        tried = f" ({'; '.join(str(reason).rstrip('.') for reason in reasons)})" if reasons else ""
         remedy = HOW_TO_SIMULATE if files[0].format == "bmodel" else "install onnxruntime in ComfyUI's interpreter"
+        if any(device.simulated and device.format == files[0].format for device in self.devices):
+            remedy = "use a file for a chip that is here"
         raise DeviceError(f"No device for '{files[0].path.name}' ({wanted}) on this server{tried}; {remedy}.")
 
 
