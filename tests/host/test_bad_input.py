@@ -100,11 +100,11 @@ def test_broken_file(server, graph, models, suffix, kind):
     refusal(server, unet(graph, name), name)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
-def test_unreadable_file(server, graph, models):
-    file = Path(shutil.copy(models / "arithmetic" / "unet_8x8.onnx", models / "unreadable.onnx"))
-    file.chmod(0)
-    refusal(server, unet(graph, "unreadable.onnx"), "unreadable.onnx")
+if os.geteuid():          # root may read every file
+    def test_unreadable_file(server, graph, models):
+        file = Path(shutil.copy(models / "arithmetic" / "unet_8x8.onnx", models / "unreadable.onnx"))
+        file.chmod(0)
+        refusal(server, unet(graph, "unreadable.onnx"), "unreadable.onnx")
 
 
 @pytest.mark.parametrize(("file", "held"), [("text_encoder.onnx", "text encoder"), ("vae_decoder.onnx", "VAE decoder")])
