@@ -83,7 +83,7 @@ def compare(name: str, files: list[Path], stages: dict[str, export.Stage]) -> li
     devices, rows = find_devices(None, PACK), []
     try:
         for model in map(read_model, files):
-            spec = devices.choose("simulator", model)
+            _, spec = devices.choose("simulator", [model])
             for network in model.networks:
                 stage, engine = stages[network.name], Engine(model, network, spec)
                 roles = engine.binding.inputs.items()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 
 from . import nets, shapes
 
@@ -36,6 +38,16 @@ class Stage:
             return self.module(*self.inputs.values())
 
 
+def plain_attention(model: nn.Module) -> nn.Module:
+    """Matrix products instead of torch's fused attention.
+
+    Exported, the latter takes roots of shapes and scales queries and keys each; compiled for the BM1684X in bfloat16,
+    that U-Net gave NaN.
+    """
+    model.set_attn_processor(AttnProcessor())
+    return model
+
+
 class TextEncoder(nn.Module):
     """ids (1, 77) -> context (1, 77, 64) and, as CLIP's pooled output, its row at the first END (1, 64).
 
@@ -46,21 +58,26 @@ class TextEncoder(nn.Module):
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
+        # whether an id is END is looked up: compared as 16-bit floats, START and END are the same number
+        self.register_buffer("is_end", (torch.arange(nets.CLIP_ROWS)[:, None] == nets.END).float())
         # a constant mask: left to itself the model computes one in the graph; -10000 rather than -inf suits 16 bits
         self.register_buffer("mask", torch.full((1, 1, nets.TOKENS, nets.TOKENS), -1e4).triu(1))
 
     def forward(self, ids):
         context = self.encoder(ids, attention_mask=self.mask).last_hidden_state
-        ends = (ids == nets.END).float()
+        ends = functional.embedding(ids, self.is_end)
         first = ends[:, 1:] - ends[:, :-1]
-        return context, (first[:, None] @ context[:, 1:])[:, 0]
+        return context, (first.transpose(1, 2) @ context[:, 1:])[:, 0]
 
 
 class UNet(nn.Module):
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
-        unet.get_time_embed = lambda sample, timestep: unet.time_proj(timestep)  # without its Expand to the batch
+        plain_attention(unet)
+        # the timestep's sines are looked up: computed in bfloat16 they would be noise, as it rounds 601 to 600
+        self.register_buffer("sines", unet.time_proj(torch.arange(1000)))
+        unet.get_time_embed = lambda sample, timestep: functional.embedding(timestep, self.sines)
 
     def forward(self, latent, timestep, context):
         return self.unet(latent, timestep, context, return_dict=False)
@@ -113,7 +130,7 @@ def stages(weights: Path = nets.WEIGHTS, latent: int = 8) -> Iterator[Stage]:
 
     drawn = shapes.draw(shapes.Attributes("star", "red", "yellow", "large", "center"), np.random.default_rng(0))
     picture = torch.tensor(drawn).permute(2, 0, 1)[None].float() / 127.5 - 1
-    vae, picture = nets.load_vae(weights), picture.repeat(1, 1, latent // 8, latent // 8)
+    vae, picture = plain_attention(nets.load_vae(weights)), picture.repeat(1, 1, latent // 8, latent // 8)
     encoder = Stage(f"vae_encoder{suffix}", Encoder(vae), {"picture": picture}, ("moments",))
     yield encoder
     yield Stage(f"vae_decoder{suffix}", Decoder(vae), {"latent": encoder()[0][:, :4]}, ("picture",))
