@@ -1,6 +1,6 @@
 """Samples pictures for random prompts and says how many obey in every attribute.
 
-    python -m demo.score --tokenizer path/to/ComfyUI/comfy/sd1_tokenizer [--steps 8] [--cfg 5] [--grid grid.png]
+    python -m demo.score --tokenizer path/to/ComfyUI/comfy/sd1_tokenizer [--steps 8] [--cfg 3] [--grid grid.png]
 
 Any three functions that stand for the stages of sampling will do; by itself this scores the ONNX files.
 The sampling is ComfyUI's `euler` on the `simple` schedule, in numpy.
@@ -105,7 +105,7 @@ def score(
     tokenizer,
     prompts: list[tuple[str, shapes.Attributes]],
     steps: int = 8,
-    cfg: float = 5.0,
+    cfg: float = 3.0,
     negative: str = "",
 ) -> Score:
     """Samples every prompt once; the seed is its place in the list."""
@@ -129,7 +129,7 @@ def main():
     parser.add_argument("--onnx", type=Path, default=export.OUT, help="folder of the exported networks")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--negative", default="")
     parser.add_argument("--grid", type=Path, help="write all pictures to this file")
     args = parser.parse_args()
