@@ -5,6 +5,7 @@ from tests.conftest import need
 from tools.install import DEMO_ONNX, comfyui
 
 PROMPTS = 256         # at 64 the share still moves by two percent with the choice of prompts
+FRESH = 1             # not the prompts by which the model was chosen
 CFG = 3.0             # as in the shipped workflows
 
 
@@ -19,7 +20,7 @@ def tokenizer():
 @pytest.mark.parametrize("negative", ["", "blurry, ugly, text, watermark"])
 def test_at_least_95_percent_obey_in_everything(tokenizer, negative, capsys):
     from demo import score
-    result = score.score(score.onnx_networks(DEMO_ONNX), tokenizer, score.random_prompts(PROMPTS), cfg=CFG,
+    result = score.score(score.onnx_networks(DEMO_ONNX), tokenizer, score.random_prompts(PROMPTS, FRESH), cfg=CFG,
                          negative=negative)
     with capsys.disabled():
         print(f"\n  demo model, negative prompt {negative!r}: {result}")
