@@ -43,7 +43,7 @@ NOTE_SIZE = (900, 110)
 # Where the frontend's size has no room for a text or for what a node shows after a run.
 SIZES = {"CLIPTextEncode": (320, 110), "SophgoTextEncode": (320, 200), "SaveImage": (240, 270), "PreviewImage": (240, 240),
          "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "StringConcatenate": (260, 160),
-         "SophgoLoadCheckpoint": (340, 290), "SophgoLoadCLIP": (340, 160), "SophgoLoadUNet": (340, 140),
+         "SophgoLoadCheckpoint": (440, 276), "SophgoLoadCLIP": (340, 160), "SophgoLoadUNet": (340, 140),
          "SophgoLoadVAE": (340, 220)}
 COLUMNS = 6                                  # more than these continue below, as lines of a text do
 GAP_X, GAP_Y, TITLE = 60, 24, 30             # a node's title lies above its position
@@ -177,7 +177,7 @@ def look(page: Page, name: str) -> Image.Image:
     """What a template that makes no picture shows after a run: the beginning of its text."""
     page.evaluate(LOAD, template(name))
     page.get_by_test_id("queue-button").locator("button").first.click()
-    text = page.locator(".comfy-markdown pre")
+    text = page.locator(".comfy-markdown", has=page.locator("pre"))
     text.wait_for()
     return Image.open(io.BytesIO(text.screenshot())).crop((0, 0, THUMBNAIL, THUMBNAIL))
 
