@@ -59,7 +59,7 @@ class SophgoUNetStep(PackNode):
                                tooltip="The sampler, as in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple",
                                tooltip="The schedule of noise levels, as in KSampler."),
-                # No "control after generate": a seed that changes by itself would break the chain it is in.
+                # Not asked to change after each run: that would break the chain (some frontends do so by the name).
                 io.Int.Input("seed", default=0, min=0, max=MAX_SEED,
                              tooltip="Of the noise; the same in every step of a run."),
                 io.Boolean.Input("add_noise", default=True,
