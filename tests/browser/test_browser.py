@@ -9,12 +9,10 @@ import json
 import pytest
 from PIL import Image, ImageStat
 
-pytest.importorskip("playwright", reason="pip install playwright")
-
-from tests.conftest import need  # noqa: E402
-from tools.comfyui import Server  # noqa: E402
-from tools.install import DEMO_ONNX, LOCAL, comfyui  # noqa: E402
-from tools.templates import HOW_TO_GET_A_BROWSER, LOAD, chromium, difference, names, open_page, template  # noqa: E402
+from tests.conftest import need
+from tools.comfyui import Server
+from tools.install import DEMO_ONNX, LOCAL, comfyui
+from tools.templates import HOW_TO_GET_A_BROWSER, LOAD, chromium, difference, names, open_page, template
 
 ARTEFACTS = LOCAL / "artefacts"
 TEXT_TO_IMAGE = "Sophgo text to image"
