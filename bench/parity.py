@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from bench.workflow import text_to_image
+from demo.run import text_to_image
 from tools.comfyui import Server
 
 REFERENCE = "shapes-onnx"
@@ -17,7 +17,7 @@ COMPILED = ("shapes-bm1684x-f32", "shapes-bm1684x-bf16", "shapes-bm1684-f32")
 
 def picture(server: Server, model: str, seed: int = 0) -> np.ndarray:
     """The workflow's picture, (H, W, 3) in 0..255."""
-    outputs = server.run(text_to_image(model, seed))
+    outputs = server.run(text_to_image(seed=seed, model=model))
     image = next(image for output in outputs.values() for image in output.get("images", []))
     return np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"), np.float64)
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from bench.workflow import text_to_image
+from demo.run import text_to_image
 from tools.comfyui import Server
 
 MODEL = "shapes-bm1684x-f32"
@@ -32,7 +32,7 @@ def run(server: Server) -> Iterator[tuple[str, str]]:
             time.sleep(0.02)
         return times
     idle = sample()
-    sampling = threading.Thread(target=lambda: (server.run(text_to_image(MODEL, steps=8), watch), done.set()))
+    sampling = threading.Thread(target=lambda: (server.run(text_to_image(model=MODEL), watch), done.set()))
     sampling.start()
     stepping.wait(120)
     busy = sample()

@@ -17,17 +17,23 @@ WORKFLOW = PACK / "workflows" / "api" / "Sophgo text to image.json"
 BASE = LOCAL / "demo-server"
 
 
-def fill(workflow: dict, prompt: str | None, seed: int | None, model: str | None) -> dict:
-    """Put the wishes where a person would: the sampler's positive prompt and seed, the loader's model."""
-    sampler = next(node for node in workflow.values() if node["class_type"] == "KSampler")
+def text_to_image(prompt: str | None = None, seed: int | None = None, model: str | None = None) -> dict:
+    """The shipped workflow, with wishes put where a person would: the sampler's prompt and seed, the loader's model."""
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    sampler = only(workflow, "KSampler")
     if prompt is not None:
         workflow[sampler["inputs"]["positive"][0]]["inputs"]["text"] = prompt
     if seed is not None:
         sampler["inputs"]["seed"] = seed
     if model is not None:
-        loader = next(node for node in workflow.values() if node["class_type"] == "SophgoLoadCheckpoint")
-        loader["inputs"]["model_name"] = model
+        only(workflow, "SophgoLoadCheckpoint")["inputs"]["model_name"] = model
     return workflow
+
+
+def only(workflow: dict, kind: str) -> dict:
+    """The one node of a kind."""
+    node, = (node for node in workflow.values() if node["class_type"] == kind)
+    return node
 
 
 class Progress:
@@ -57,7 +63,7 @@ def main() -> None:
     parser.add_argument("--model", help="a name under demo/models or the demo server's models/sophgo")
     parser.add_argument("--out", type=Path, default=LOCAL / "output" / "demo.png")
     args = parser.parse_args()
-    workflow = fill(json.loads(WORKFLOW.read_text(encoding="utf-8")), args.prompt, args.seed, args.model)
+    workflow = text_to_image(args.prompt, args.seed, args.model)
     print("Booting ComfyUI ...", flush=True)
     try:
         with Server(BASE) as server:
@@ -68,7 +74,7 @@ def main() -> None:
             args.out.write_bytes(server.picture(image))
     except ServerError as error:
         sys.exit(f"The demo failed: {error}")
-    prompt = workflow[next(n for n in workflow.values() if n["class_type"] == "KSampler")["inputs"]["positive"][0]]
+    prompt = workflow[only(workflow, "KSampler")["inputs"]["positive"][0]]
     print(f"\n\"{prompt['inputs']['text']}\" is in {args.out}")
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .network import ModelFile, ModelFileError, Network, Port
-from .roles import INPAINT_CHANNELS, ROLES, VAE_SCALE, Binding, family, identify
-
-FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+from .roles import FAMILIES, INPAINT_CHANNELS, ROLES, VAE_SCALE, Binding, family, identify
 
 
 def describe(model_file: ModelFile) -> str:

@@ -19,6 +19,7 @@ SDXL_VECTORS = (2816, 2560)     # pooled text and embedded sizes in one: 1280 + 
 
 ROLES = {"text_encoder": "text encoder", "unet": "U-Net", "controlnet": "ControlNet",
          "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder"}
+FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 
 
 @dataclass(frozen=True)

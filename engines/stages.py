@@ -11,11 +11,11 @@ import numpy as np
 
 from .engine import Constant, Engine
 from .errors import EngineError
+from .roles import VAE_SCALE, family
 from .tiling import run_tiled
 from .workers import NO_POLL
 
 Poll = Callable[[], None]
-PIXELS = 8                   # picture pixels a latent element, along each side
 SD1_LATENT_SCALE = 0.18215   # standard deviation factor of the SD 1.x latent space (CompVis/stable-diffusion config)
 VOCABULARY = 49408           # CLIP's byte pair encoding, start (49406) and end (49407) included
 
@@ -104,13 +104,13 @@ class UNet(Stage):
         self.variants = [(engine, variant) for engine in engines for variant in range(engine.network.variants)]
         self.channels = self.engines[0].shape("latent")[1]
         self.width = self.engines[0].shape("context")[-1]
-        self.takes_residuals = "residual.mid" in self.engines[0].binding.inputs
+        self.family = family(self.engines[0].binding, self.engines[0].network)
         self._zeros: dict[tuple[int, ...], Constant] = {}
 
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) in pixels of every compiled size; empty if one of them is free."""
         found = {engine.shape("latent", variant)[-2:] for engine, variant in self.variants}
-        return [] if any(-1 in size for size in found) else sorted((h * PIXELS, w * PIXELS) for h, w in found)
+        return [] if any(-1 in size for size in found) else sorted((h * VAE_SCALE, w * VAE_SCALE) for h, w in found)
 
     def __call__(self, latent: np.ndarray, timestep: np.ndarray, context: np.ndarray,
                  residuals: dict[str, np.ndarray] | None = None, where: str = "") -> np.ndarray:
@@ -142,7 +142,7 @@ class UNet(Stage):
         for engine, variant in self.variants:
             if all(have in (-1, want) for have, want in zip(engine.shape("latent", variant)[-2:], size)):
                 return engine, variant
-        height, width = size[0] * PIXELS, size[1] * PIXELS
+        height, width = size[0] * VAE_SCALE, size[1] * VAE_SCALE
         sizes = self.sizes()
         nearest = min(sizes, key=lambda s: abs(np.log(s[0] * s[1] / (height * width)))
                       + abs(np.log(s[0] * width / (s[1] * height))))
@@ -238,15 +238,15 @@ class ImageStage(Stage):
 
 
 class VAEDecoder(ImageStage):
-    title, argument, result, scale = "VAE decoder", "latent", "image", (PIXELS, 1)
+    title, argument, result, scale = "VAE decoder", "latent", "image", (VAE_SCALE, 1)
 
     def __call__(self, latent: np.ndarray, overlap: int = 64) -> np.ndarray:
         """latent (B,4,h,w) float32, unscaled -> picture (B,3,8h,8w) float32, about [-1,1]. overlap: picture pixels."""
-        return self._run(latent * np.float32(self.latent_factor), overlap // PIXELS)
+        return self._run(latent * np.float32(self.latent_factor), overlap // VAE_SCALE)
 
 
 class VAEEncoder(ImageStage):
-    title, argument, result, scale = "VAE encoder", "image", "moments", (1, PIXELS)
+    title, argument, result, scale = "VAE encoder", "image", "moments", (1, VAE_SCALE)
 
     def __call__(self, picture: np.ndarray, overlap: int = 64) -> np.ndarray:
         """picture (B,3,8h,8w) float32 in [-1,1] -> latent (B,4,h,w) float32, unscaled. overlap: picture pixels.

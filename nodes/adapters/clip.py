@@ -42,7 +42,8 @@ class CompiledTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
         """What the U-Net can take: one section of 77."""
         if len(sections) <= 1:
             return sections
-        used = sum(1 for section in sections for token, _ in section if token not in SPECIAL_TOKENS.values())
+        special = set(SPECIAL_TOKENS.values())
+        used = sum(1 for section in sections for token, _ in section if not isinstance(token, int) or token not in special)
         limit = self.stage.length - 2
         if self.long_prompts == ERROR:
             raise EngineError(f"The prompt has {used} tokens and {self.stage.names} takes {limit}: shorten it, or set "

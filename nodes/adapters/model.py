@@ -6,10 +6,10 @@ import comfy.supported_models
 import torch
 
 from ...engines.errors import EngineError
+from ...engines.roles import FAMILIES, INPAINT_CHANNELS, LATENT_CHANNELS
 from ...engines.stages import SizeError, UNet
 from .patcher import CPU, CompiledPatcher, patcher_for
 
-INPAINT_CHANNELS = 9     # latent, mask, masked latent
 SD1_CHANNELS = 320       # of the first block of an SD 1.x U-Net; FreeU and its kind reckon with it
 
 
@@ -94,11 +94,10 @@ class CompiledModel(comfy.model_base.BaseModel):
 
 def as_model(stage: UNet) -> CompiledPatcher:
     """The MODEL for a U-Net stage. Raises EngineError for a family whose sampling differs from SD 1.x."""
-    if stage.width in (1024, 2048):
-        family = {1024: "SD 2.x", 2048: "SDXL"}[stage.width]
-        raise EngineError(f"The U-Net in {stage.names} takes a context {stage.width} wide, as {family} does: this "
-                          "loader is for SD 1.x.")
-    if stage.channels not in (4, INPAINT_CHANNELS):
+    if stage.family != "sd1":
+        raise EngineError(f"The U-Net in {stage.names} takes a context {stage.width} wide, as {FAMILIES[stage.family]} "
+                          "does: this loader is for SD 1.x.")
+    if stage.channels not in (LATENT_CHANNELS, INPAINT_CHANNELS):
         raise EngineError(f"The U-Net in {stage.names} takes {stage.channels} latent channels: SD 1.x has 4, its "
                           "inpainting model 9.")
     return patcher_for(CompiledModel(stage))

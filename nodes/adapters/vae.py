@@ -7,7 +7,8 @@ import comfy.sd
 import torch
 
 from ...engines.errors import EngineError
-from ...engines.stages import PIXELS, VAEDecoder, VAEEncoder
+from ...engines.roles import VAE_SCALE
+from ...engines.stages import VAEDecoder, VAEEncoder
 from .host import tell
 from .patcher import CPU, patcher_for
 
@@ -72,9 +73,9 @@ class EngineVAE(comfy.sd.VAE):
         self.patcher = patcher_for(self.first_stage_model)
         self.size = self.patcher.size
 
-    def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP // PIXELS):
+    def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP // VAE_SCALE):
         """overlap: latent elements."""
-        return self.process_output(self.first_stage_model.decode(samples, overlap * PIXELS))
+        return self.process_output(self.first_stage_model.decode(samples, overlap * VAE_SCALE))
 
     def encode_tiled_(self, pixel_samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP):
         """overlap: pixels."""
@@ -85,11 +86,12 @@ class EngineVAE(comfy.sd.VAE):
 
     def encode(self, pixel_samples):
         height, width = pixel_samples.shape[1:3]
-        if height < PIXELS or width < PIXELS:
-            raise EngineError(f"A picture of {width}x{height} is smaller than one latent element of {PIXELS}x{PIXELS}.")
-        if height % PIXELS or width % PIXELS:
-            tell(f"Picture of {width}x{height} cropped to {width // PIXELS * PIXELS}x{height // PIXELS * PIXELS}: "
-                 f"sizes must be multiples of {PIXELS}.")
+        kept = [side // VAE_SCALE * VAE_SCALE for side in (width, height)]
+        if not all(kept):
+            raise EngineError(f"A picture of {width}x{height} is smaller than one latent element of "
+                              f"{VAE_SCALE}x{VAE_SCALE}.")
+        if kept != [width, height]:
+            tell(f"Picture of {width}x{height} cropped to {kept[0]}x{kept[1]}: sizes must be multiples of {VAE_SCALE}.")
         return super().encode(pixel_samples)
 
 
@@ -101,7 +103,7 @@ def as_vae(decoder: VAEDecoder | None, encoder: VAEEncoder | None) -> EngineVAE:
 def decode(vae, samples: torch.Tensor, overlap: int) -> torch.Tensor:
     """Latents (B,4,h,w) -> pictures (B,H,W,3) in [0,1] by any VAE; overlap in pixels is for a compiled one's tiles."""
     if isinstance(vae, EngineVAE):
-        return vae.decode_tiled(samples, overlap=overlap // PIXELS)
+        return vae.decode_tiled(samples, overlap=overlap // VAE_SCALE)
     return vae.decode(samples)
 
 
