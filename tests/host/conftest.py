@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import need
 from tests.helpers import onnx_nets
+from tests.host.graphs import CATS, DOGS, Graph
 from tools.comfyui import Server
 from tools.install import DEMO_ONNX, comfyui
 
@@ -28,3 +29,15 @@ def server(base):
     need(any(DEMO_ONNX.glob("*.onnx")), "the demo model is not exported: run 'python tools/install.py host'")
     with Server(base) as running:
         yield running
+
+
+@pytest.fixture
+def graph() -> Graph:
+    return Graph()
+
+
+@pytest.fixture
+def loaded(graph):
+    """(model, positive, negative, clip, vae) in `graph`."""
+    model, clip, vae = graph.checkpoint()
+    return model, graph.prompt(clip, CATS), graph.prompt(clip, DOGS), clip, vae

@@ -36,18 +36,6 @@ def models(base) -> Path:
     return base / "models" / "sophgo"
 
 
-@pytest.fixture
-def graph() -> Graph:
-    return Graph()
-
-
-@pytest.fixture
-def loaded(graph):
-    """(model, positive, negative, clip, vae) in `graph`."""
-    model, clip, vae = graph.checkpoint()
-    return model, graph.prompt(clip, CATS), graph.prompt(clip, DOGS), clip, vae
-
-
 def unet(graph: Graph, name: str, device: str = "auto") -> Node:
     """Sample with this U-Net and the good text encoder."""
     clip = graph.checkpoint()[1]

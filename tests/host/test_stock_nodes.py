@@ -17,18 +17,6 @@ from tests.host.graphs import CATS, DOGS, Graph, latent, latents, load_latent, l
 CAT, DOG = hidden(CATS), hidden(DOGS)
 
 
-@pytest.fixture
-def graph() -> Graph:
-    return Graph()
-
-
-@pytest.fixture
-def loaded(graph):
-    """(model, positive, negative, clip, vae) in `graph`."""
-    model, clip, vae = graph.checkpoint()
-    return model, graph.prompt(clip, CATS), graph.prompt(clip, DOGS), clip, vae
-
-
 def choices(server, node: str, name: str) -> list[str]:
     return server.get(f"/object_info/{node}")[node]["input"]["required"][name][0]
 
