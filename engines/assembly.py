@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .devices import Devices
 from .engine import Engine
-from .files import find_models, read_model
+from .files import picked_files, read_model
 from .network import ModelFile, ModelFileError, Network
 from .roles import ROLES, identify
 from .stages import Poll, TextEncoder, UNet, VAEDecoder, VAEEncoder
@@ -22,8 +22,7 @@ class Source:
     @classmethod
     def open(cls, name: str, path: Path, roots: list[Path]) -> Source:
         """Read what there is. Raises ModelFileError for a file that is broken; opens no device."""
-        files = find_models(path, roots) if path.is_dir() else [path]
-        return cls(name, tuple((file, network, _role(network)) for file in map(read_model, files)
+        return cls(name, tuple((file, network, _role(network)) for file in map(read_model, picked_files(path, roots))
                                for network in file.networks))
 
     def engines(self, role: str, devices: Devices, device: str, required: bool = True) -> list[Engine]:

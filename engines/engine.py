@@ -74,9 +74,9 @@ class Engine:
 
     def shape(self, role: str, variant: int = 0) -> tuple[int, ...]:
         """The compiled shape of the input or output that plays `role`; -1 where free."""
-        ports, index = ((self.network.inputs, self.binding.inputs.get(role)) if role in self.binding.inputs
-                        else (self.network.outputs, self.binding.outputs[role]))
-        return ports[index].shapes[variant]
+        if role in self.binding.inputs:
+            return self.network.inputs[self.binding.inputs[role]].shapes[variant]
+        return self.network.outputs[self.binding.outputs[role]].shapes[variant]
 
     def dtype(self, role: str) -> str:
         return self.network.inputs[self.binding.inputs[role]].dtype

@@ -67,6 +67,11 @@ def find_models(folder: Path | str, roots: Iterable[Path | str] = ()) -> list[Pa
     return files or [file for below in folders for file in _entries(below, allowed)[0]]
 
 
+def picked_files(path: Path, roots: Iterable[Path | str]) -> list[Path]:
+    """The model files that a path from `resolve` stands for: itself, or those of the folder it is."""
+    return find_models(path, roots) if path.is_dir() else [path]
+
+
 def list_models(roots: Iterable[Path | str]) -> list[str]:
     """What a menu offers: each folder with model files and each single file, as sorted names that `resolve` takes.
 

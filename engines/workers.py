@@ -251,7 +251,9 @@ class Worker:
             path = file.path
             try:
                 there = self._sent_file(path, poll) if self.spec.ssh else str(path)
-                self._models[file] = self._call("load", {"path": there}, poll, f"loading {path.name}")["model"]
+                # A load that nobody waits for would keep its memory on the card: a cancel is noticed right after it.
+                patient = poll if self.spec.kill_on_cancel else NO_POLL
+                self._models[file] = self._call("load", {"path": there}, patient, f"loading {path.name}")["model"]
             except WorkerDied as error:
                 raise WorkerDied(f"{error} If it ends there each time, the file is damaged.") from None
             except EngineError as error:
@@ -264,13 +266,12 @@ class Worker:
         name = content_hash(path) + path.suffix
         there = self._call("cached_file", {"name": name}, poll, "looking for the file")
         if there is None:
-            left = path.stat().st_size
+            size = path.stat().st_size
             with path.open("rb") as file:
-                while left > 0:
-                    piece = file.read(PIECE_BYTES)
-                    left -= len(piece)
-                    there = self._call("receive_file", {"name": name, "piece": piece, "last": left <= 0}, poll,
-                                       f"sending {path.name}")
+                while file.tell() < size:
+                    first = file.tell() == 0
+                    arguments = {"name": name, "piece": file.read(PIECE_BYTES), "first": first, "last": file.tell() >= size}
+                    there = self._call("receive_file", arguments, poll, f"sending {path.name}")
         return there
 
     # -- calls -------------------------------------------------------------------------------------------------

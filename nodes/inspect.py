@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engines.files import find_models, read_model, resolve
+from ..engines.files import read_model
 from ..engines.report import describe
 from . import library
 from .adapters.host import tell
@@ -31,8 +31,6 @@ class SophgoInspect(PackNode):
 
     @classmethod
     def execute(cls, file_name) -> io.NodeOutput:
-        path = resolve(file_name, library.roots())
-        files = find_models(path, library.roots()) if path.is_dir() else [path]
-        text = "\n\n".join(describe(read_model(file)) for file in files)
+        text = "\n\n".join(describe(read_model(file)) for file in library.files(file_name))
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui={"text": (text,)})

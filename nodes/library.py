@@ -9,7 +9,7 @@ import folder_paths
 from ..engines.assembly import Source
 from ..engines.devices import Devices, find_devices
 from ..engines.errors import DeviceError
-from ..engines.files import find_models, list_models, resolve
+from ..engines.files import list_models, picked_files, resolve
 from ..engines.network import ModelFileError
 
 PACK = Path(__file__).resolve().parent.parent
@@ -32,6 +32,11 @@ def roots() -> list[Path]:
 
 def models() -> list[str]:
     return list_models(roots())
+
+
+def files(name: str) -> list[Path]:
+    """The model files called `name`: one, or a folder's. Raises ModelFileError."""
+    return picked_files(resolve(name, roots()), roots())
 
 
 def source(name: str) -> Source:
@@ -61,9 +66,7 @@ def fingerprint(*names: str) -> tuple:
     stamps = [_stamp(_settings())] if _settings().exists() else []
     for name in names:
         try:
-            path = resolve(name, roots())
-            files = find_models(path, roots()) if path.is_dir() else [path]
-            stamps += map(_stamp, files)
+            stamps += map(_stamp, files(name))
         except (ModelFileError, OSError):
             stamps.append((name, 0, 0))
     return tuple(stamps)

@@ -23,7 +23,7 @@ class Session(object):
         self.scratch = {}               # (model, network, port, dtype, shape) -> buffer that every call overwrites
         self.resident = OrderedDict()   # digest -> (buffer, bytes), least recently used first
         self.counters = {"calls": 0, "bytes_in": 0, "bytes_out": 0, "bytes_loaded": 0}
-        self.upload = None              # (file object, path) of a model file that is arriving in pieces
+        self.upload = None              # a model file that is arriving in pieces
 
     def describe(self):
         return dict(self.runtime.describe(), python="%d.%d.%d" % sys.version_info[:3], pid=os.getpid())
@@ -44,15 +44,20 @@ class Session(object):
         path = os.path.join(self._cache(), name)
         return path if os.path.exists(path) else None
 
-    def receive_file(self, name, piece, last):
-        """Take the next piece of a model file; after the last one it exists under its content hash."""
+    def receive_file(self, name, piece, first, last):
+        """Take the next piece of a model file; after the last one it exists under its content hash.
+
+        `first` begins anew: a transfer that was cancelled half way must leave nothing in the next one.
+        """
         path = os.path.join(self._cache(), name)
-        if self.upload is None or self.upload[1] != path:
-            self.upload = (open(path + ".part", "wb"), path)
-        self.upload[0].write(piece)
+        if first:
+            if self.upload is not None:
+                self.upload.close()
+            self.upload = open(path + ".part", "wb")
+        self.upload.write(piece)
         if not last:
             return None
-        self.upload[0].close()
+        self.upload.close()
         os.replace(path + ".part", path)
         self.upload = None
         return path

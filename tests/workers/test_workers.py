@@ -253,6 +253,16 @@ def test_a_worker_elsewhere_gets_the_file_once(tmp_path, unet_file, monkeypatch)
     assert sent.count("receive_file") == -(-unet_file.stat().st_size // 100)      # the second worker found it there
 
 
+def test_a_transfer_cancelled_half_way_leaves_nothing_in_the_next_one(worker, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    worker.describe()
+    send = lambda piece, first, last: worker._call(
+        "receive_file", {"name": "x.onnx", "piece": piece, "first": first, "last": last}, lambda: None, "sending")
+    assert send(b"half of", True, False) is None
+    assert send(b"the ", True, False) is None
+    assert Path(send(b"whole", False, True)).read_bytes() == b"the whole"
+
+
 def test_the_sail_runtime_runs_stages_in_a_worker(tmp_path, monkeypatch):
     """The whole way to a card, with the stand-in for sail in the worker (tests/helpers/sail_standin)."""
     from tests.helpers.bmodel_writer import network, write_bmodel
