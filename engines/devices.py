@@ -1,8 +1,8 @@
 """Which devices there are, by what name a workflow may ask for them, and which one runs a given file.
 
 A workflow names a device, nothing more: interpreters, hosts and library folders come from one TOML file of the
-server's owner (docs/devices.md). Without that file there are still: the cards this machine shows (`tpu:0`, ...), the
-simulator if it is installed, and onnxruntime for `.onnx` files.
+server's owner (docs/devices.md). Without that file there are still: the cards this machine shows (`tpu:0`, `ascend:0`, ...),
+the simulator if it is installed, onnxruntime for `.onnx` files, and MindSpore's CPU back end if it is installed.
 """
 from __future__ import annotations
 
@@ -25,17 +25,24 @@ SIMULATOR_IDLE_SECONDS = 5.0
 SIMULATOR_NICE = 10                 # its threads busy-poll; the server must stay responsive
 LIBSOPHON = Path("/opt/sophon/libsophon-current/lib")
 DEVICE_NODES = ("bm-sophon[0-9]*", "bm-tpu[0-9]*")       # PCIe cards; the TPU of a SoC box
+ASCEND_NODES = ("davinci[0-9]*",)                        # NPUs
+TARGETS = ("ascend", "cpu")                              # what MindSpore computes on
 # The keys of the settings file and what they hold (docs/devices.md).
 KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "device": {"name": (str,), "runtime": (str,), "device_id": (int,), "chip": (str,), "python": (str,), "ssh": (str,),
-               "libraries": (str,)},
+               "libraries": (str,), "target": (str,)},
     "simulator": {"enabled": (bool,), "libraries": (str,), "python": (str,), "idle_seconds": (int, float)},
     "onnx": {"python": (str,), "threads": (int,)},
+    "mindspore": {"python": (str,), "threads": (int,), "cpu": (bool,)},
 }
 WORDS = {(str,): "a text", (int,): "a whole number", (int, float): "a number", (bool,): "true or false"}
 RESERVED_NAMES = (AUTO, "same")
-RUNTIME_FORMATS = {"bmrt": "bmodel", "sail": "bmodel", "onnx": "onnx"}
+RUNTIME_FORMATS = {"bmrt": "bmodel", "sail": "bmodel", "onnx": "onnx", "mindspore": "mindspore"}
+COMPILED = ("bmodel", "onnx")       # files of networks; "mindspore" takes checkpoints
+RUNS = {"bmodel": "bmodel files", "onnx": "onnx files", "mindspore": "SDXL checkpoints on MindSpore"}
 HOW_TO_SIMULATE = "install Sophgo's simulator with 'python tools/install.py simulator' in the pack's folder"
+HOW_TO_MINDSPORE = ("run 'python tools/install.py mindspore' in the pack's folder, or name an interpreter under [mindspore] "
+                    "in the accelerator settings file")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Device:
     """A device a workflow can name. A simulator has one worker a chip, hence the specs by chip."""
 
     name: str
-    format: str                                 # "bmodel" or "onnx"
+    format: str                                 # what it runs: a key of RUNS
     specs: tuple[tuple[str, WorkerSpec], ...]   # (chip, how to start); chip "" is found out by asking the device
     simulated: bool = False
 
@@ -51,7 +58,7 @@ class Device:
         """The worker that runs this file. Raises DeviceError if the format or the chip does not fit."""
         if model_file.format != self.format:
             raise DeviceError(f"'{model_file.path.name}' is a {model_file.format} file and device '{self.name}' runs "
-                              f"{self.format} files: choose another device, or 'auto'.")
+                              f"{RUNS[self.format]}: choose another device, or 'auto'.")
         if model_file.chip is None:
             return self.specs[0][1]
         chips = []
@@ -65,27 +72,42 @@ class Device:
 
 
 class Devices:
-    """The devices of this server, in the order in which `auto` tries them: hardware, simulator, onnxruntime."""
+    """The devices of this server, in the order in which `auto` tries them: hardware, simulator, onnxruntime, CPU."""
 
     def __init__(self, devices: Sequence[Device]):
         self.devices = list(devices)
 
-    def names(self) -> list[str]:
-        """What a combo offers."""
-        return [AUTO] + [device.name for device in self.devices]
+    def names(self, *formats: str) -> list[str]:
+        """What a combo offers: `auto` and the devices that run one of `formats`; all devices if none is given."""
+        return [AUTO] + [device.name for device in self.devices if not formats or device.format in formats]
 
-    def check(self, name: str) -> None:
-        """Raise DeviceError, listing what is here, unless `name` is one of `names()`."""
+    def check(self, name: str, *formats: str) -> None:
+        """Raise DeviceError, listing those for `formats`, unless a device of this server is called `name`."""
         if name not in self.names():
-            raise DeviceError(f"Device '{name}' is not on this server, which has: {', '.join(self.names())}; choose "
-                              "one of those, or describe it in the accelerator settings file.")
+            raise DeviceError(f"Device '{name}' is not on this server, which has: {', '.join(self.names(*formats))}; "
+                              "choose one of those, or describe it in the accelerator settings file.")
+
+    def choose_worker(self, format: str, name: str) -> WorkerSpec:
+        """The worker of the device called `name`, for a model that any device of `format` runs.
+
+        `auto` takes the first without asking whether it works: a card that fails must not silently become a CPU.
+        Raises DeviceError.
+        """
+        fitting = [device for device in self.devices if device.format == format]
+        if not fitting:
+            raise DeviceError(f"No device for {RUNS[format]} on this server: {HOW_TO_MINDSPORE}.")
+        self.check(name, format)
+        for device in fitting:
+            if name in (AUTO, device.name):
+                return device.specs[0][1]
+        raise DeviceError(f"Device '{name}' does not run {RUNS[format]}; choose one of: {', '.join(self.names(format))}.")
 
     def choose(self, name: str, files: Sequence[ModelFile]) -> tuple[ModelFile, WorkerSpec]:
         """Which of some equivalent files to run, and the worker for it, on the device called `name`.
 
         `auto` takes the first device that can run one of them. Raises DeviceError with the reason for each that cannot.
         """
-        self.check(name)
+        self.check(name, *COMPILED)
         reasons = []
         for device in self.devices:
             if name not in (AUTO, device.name):
@@ -112,14 +134,16 @@ class Devices:
 def find_devices(settings_file: Path | None, pack: Path, dev: Path = Path("/dev")) -> Devices:
     """All devices: those of the settings file, then what this machine shows by itself.
 
-    settings_file: TOML (docs/devices.md), may be missing. pack: the folder where the installer puts the simulator.
+    settings_file: TOML (docs/devices.md), may be missing. pack: the folder where the installer puts the simulator and
+    MindSpore.
     Raises DeviceError with one sentence for a settings file that cannot be understood. Opens no device.
     """
     settings = _read(settings_file) if settings_file and settings_file.exists() else {}
-    devices = [_configured(table) for table in settings.get("device", [])]
+    simulator, onnx, mindspore = (settings.get(title, {}) for title in ("simulator", "onnx", "mindspore"))
+    mindspore = {"python": _mindspore_python(pack), **mindspore}
+    devices = [_configured(table, mindspore) for table in settings.get("device", [])]
     taken = {device.name for device in devices}
-    simulator, onnx = settings.get("simulator", {}), settings.get("onnx", {})
-    found = [*_hardware(dev), *_simulator(simulator, pack), *_onnx(onnx)]
+    found = [*_hardware(dev), *_simulator(simulator, pack), *_onnx(onnx), *_mindspore(mindspore, dev)]
     return Devices(devices + [device for device in found if device.name not in taken])
 
 
@@ -156,26 +180,37 @@ def _mistakes(settings: dict) -> Iterator[str]:
                     yield f"{where} has {key} = {value!r}, which is not {WORDS[KEYS[title][key]]}"
             if many and (not table.get("name") or table.get("runtime") not in RUNTIME_FORMATS):
                 yield f"{where} needs a 'name' and a 'runtime', one of: {', '.join(RUNTIME_FORMATS)}"
+            if many and table.get("target", TARGETS[0]) not in TARGETS:
+                yield f"{where} has target = '{table['target']}', which is neither {' nor '.join(TARGETS)}"
             if many and table["name"] in {*names, *RESERVED_NAMES}:
                 yield f"{where} has the name '{table['name']}', which is taken"
             names.add(table.get("name"))
 
 
-def _configured(table: dict) -> Device:
-    options: dict[str, object] = {"device_id": table.get("device_id", 0)}
-    if table["runtime"] == "bmrt":
-        options["libraries"] = table.get("libraries", str(LIBSOPHON))
-    spec = WorkerSpec(table["name"], table["runtime"], tuple(sorted(options.items())), python=table.get("python", ""),
-                      ssh=table.get("ssh", ""))
-    return Device(table["name"], RUNTIME_FORMATS[table["runtime"]], ((table.get("chip", ""), spec),))
+def _configured(table: dict, mindspore: dict) -> Device:
+    name, runtime, python, ssh = table["name"], table["runtime"], table.get("python", ""), table.get("ssh", "")
+    number = table.get("device_id", 0)
+    if runtime == "mindspore":
+        # Another machine has its own interpreter.
+        spec = _mindspore_spec(name, table.get("target", TARGETS[0]), number, python or ("" if ssh else mindspore["python"]),
+                               mindspore, ssh)
+    else:
+        libraries = [("libraries", table.get("libraries", str(LIBSOPHON)))] if runtime == "bmrt" else []
+        spec = WorkerSpec(name, runtime, (("device_id", number), *libraries), python=python, ssh=ssh)
+    return Device(name, RUNTIME_FORMATS[runtime], ((table.get("chip", ""), spec),))
+
+
+def _numbers(dev: Path, patterns: Sequence[str]) -> list[int]:
+    """The numbers of the device nodes whose names fit one of `patterns`."""
+    return sorted({int("".join(filter(str.isdigit, node.name))) for pattern in patterns for node in dev.glob(pattern)})
 
 
 def _hardware(dev: Path) -> list[Device]:
     if not LIBSOPHON.is_dir():
         return []
-    nodes = {int("".join(filter(str.isdigit, node.name))) for pattern in DEVICE_NODES for node in dev.glob(pattern)}
     return [Device(f"tpu:{number}", "bmodel", (("", WorkerSpec(
-        f"tpu:{number}", "bmrt", (("device_id", number), ("libraries", str(LIBSOPHON))))),)) for number in sorted(nodes)]
+        f"tpu:{number}", "bmrt", (("device_id", number), ("libraries", str(LIBSOPHON))))),))
+        for number in _numbers(dev, DEVICE_NODES)]
 
 
 def _simulator(settings: dict, pack: Path) -> list[Device]:
@@ -199,3 +234,24 @@ def _onnx(settings: dict) -> list[Device]:
         return []
     options = (("threads", settings.get("threads", 0)),)
     return [Device("onnx", "onnx", (("", WorkerSpec("onnx", "onnx", options, python=python)),))]
+
+
+def _mindspore_python(pack: Path) -> str:
+    """The interpreter that the installer made, or ""."""
+    python = pack / ".local" / "mindspore" / "bin" / "python"
+    return str(python) if python.exists() else ""
+
+
+def _mindspore(settings: dict, dev: Path) -> list[Device]:
+    if not settings["python"]:
+        return []
+    places = [(f"ascend:{number}", "ascend", number) for number in _numbers(dev, ASCEND_NODES)]
+    if settings.get("cpu", True):
+        places.append(("cpu", "cpu", 0))
+    return [Device(name, "mindspore", (("", _mindspore_spec(name, target, number, settings["python"], settings)),))
+            for name, target, number in places]
+
+
+def _mindspore_spec(name: str, target: str, number: int, python: str, settings: dict, ssh: str = "") -> WorkerSpec:
+    options = (("device_id", number), ("target", target), ("threads", settings.get("threads", 0)))
+    return WorkerSpec(name, "mindspore", options, python=python, ssh=ssh, kill_on_cancel=target == "cpu")

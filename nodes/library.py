@@ -53,10 +53,10 @@ def _settings() -> Path:
     return Path(os.environ.get(SETTINGS_VARIABLE) or Path(folder_paths.get_user_directory()) / SETTINGS_NAME)
 
 
-def device_names() -> list[str]:
-    """For a combo: never raises, since a broken settings file must not remove a node."""
+def device_names(*formats: str) -> list[str]:
+    """For a combo, the devices that run `formats`: never raises, since a broken settings file must not remove a node."""
     try:
-        return devices().names()
+        return devices().names(*formats)
     except DeviceError:
         return ["auto"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
+from ..engines.devices import COMPILED
 from ..engines.errors import EngineError
 from . import library
 from .adapters.clip import ERROR, TRUNCATE, as_clip
@@ -26,7 +27,7 @@ def _files(id: str, tooltip: str, first: str | None = None) -> io.Combo.Input:
 
 
 def _device(id: str = "device", first: str | None = None, tooltip: str = DEVICE_TOOLTIP) -> io.Combo.Input:
-    options = ([first] if first else []) + library.device_names()
+    options = ([first] if first else []) + library.device_names(*COMPILED)
     return io.Combo.Input(id, options=options, default=options[0], tooltip=tooltip)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.devices import SIMULATOR_LIBRARIES, find_devices
+from engines.devices import COMPILED, SIMULATOR_LIBRARIES, find_devices
 from engines.errors import DeviceError
 from engines.network import ModelFile
 
@@ -24,6 +24,14 @@ def settings(folder: Path, text: str) -> Path:
 
 def bmodel(chip: str) -> ModelFile:
     return ModelFile(Path("unet.bmodel"), "bmodel", chip, (), 0, 0)
+
+
+def mindspore(pack: Path) -> Path:
+    """A pack with MindSpore installed; its interpreter."""
+    python = pack / ".local" / "mindspore" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    return python
 
 
 ONNX = ModelFile(Path("unet.onnx"), "onnx", None, (), 0, 0)
@@ -81,9 +89,11 @@ def test_an_onnx_file_goes_to_onnxruntime(tmp_path):
     ("auto", bmodel("BM1688"), ["No device for 'unet.bmodel' (chip BM1688)", "simulator", "BM1684X"]),
     ("simulator", bmodel("BM1688"), ["compiled for BM1688", "'simulator' is BM1684X"]),
     ("simulator", ONNX, ["onnx file", "'simulator' runs bmodel files"]),
+    ("cpu", ONNX, ["onnx file", "'cpu' runs SDXL checkpoints on MindSpore"]),
 ])
 def test_what_does_not_fit_is_said_in_one_sentence(tmp_path, ask, file, words):
     simulator(tmp_path, "bm1684x")
+    mindspore(tmp_path)
     with pytest.raises(DeviceError) as error:
         find_devices(None, tmp_path).choose(ask, [file])
     assert all(word in str(error.value) for word in words), error.value
@@ -100,6 +110,8 @@ def test_without_anything_the_error_says_how_to_get_a_simulator(tmp_path):
     ('[[device]]\nname = "x"\n', ["number 1", "'runtime'", "bmrt, sail, onnx"]),
     ('[[device]]\nname = "x"\nruntime = "cuda"\n', ["'runtime'", "bmrt, sail, onnx"]),
     ('[[device]]\nname = "x"\nruntime = "sail"\npythn = "y"\n', ["unknown keys: pythn"]),
+    ('[[device]]\nname = "x"\nruntime = "mindspore"\ntarget = "gpu"\n', ["target = 'gpu'", "neither ascend nor cpu"]),
+    ('[mindspore]\ncpu = "yes"\n', ["[mindspore] has cpu = 'yes'", "true or false"]),
 ])
 def test_settings_that_cannot_be_understood(tmp_path, text, words):
     with pytest.raises(DeviceError) as error:
@@ -113,3 +125,67 @@ def test_cards_are_found_by_their_device_nodes(tmp_path, monkeypatch):
     monkeypatch.setattr("engines.devices.LIBSOPHON", tmp_path)
     devices = find_devices(None, tmp_path, dev=tmp_path)
     assert [name for name in devices.names() if name.startswith("tpu")] == ["tpu:0", "tpu:1"]
+
+
+def test_mindspore_runs_on_the_npus_of_this_machine_else_on_its_cpu(tmp_path):
+    python = mindspore(tmp_path)
+    assert find_devices(None, tmp_path, dev=tmp_path).names("mindspore") == ["auto", "cpu"]
+    for node in ("davinci0", "davinci1", "davinci_manager", "davinci10"):
+        (tmp_path / node).touch()
+    devices = find_devices(None, tmp_path, dev=tmp_path)
+    assert devices.names("mindspore") == ["auto", "ascend:0", "ascend:1", "ascend:10", "cpu"]
+    card, cpu = devices.choose_worker("mindspore", "auto"), devices.choose_worker("mindspore", "cpu")
+    assert (card.name, card.runtime, card.python, card.kill_on_cancel) == ("ascend:0", "mindspore", str(python), False)
+    assert dict(card.options) == {"device_id": 0, "target": "ascend", "threads": 0}
+    assert dict(devices.choose_worker("mindspore", "ascend:10").options)["device_id"] == 10
+    assert (cpu.python, cpu.kill_on_cancel, dict(cpu.options)["target"]) == (str(python), True, "cpu")
+
+
+def test_each_loader_offers_what_runs_its_files(tmp_path):
+    simulator(tmp_path, "bm1684x")
+    mindspore(tmp_path)
+    devices = find_devices(None, tmp_path, dev=tmp_path)
+    assert "cpu" not in devices.names(*COMPILED) and "simulator" in devices.names(*COMPILED)
+    assert devices.names("mindspore") == ["auto", "cpu"]
+
+
+def test_settings_name_the_interpreter_of_mindspore_and_take_the_cpu_away(tmp_path):
+    mindspore(tmp_path)
+    text = '[mindspore]\npython = "/opt/ms/bin/python"\nthreads = 3\n'
+    spec = find_devices(settings(tmp_path, text), tmp_path, dev=tmp_path).choose_worker("mindspore", "auto")
+    assert (spec.name, spec.python, dict(spec.options)["threads"]) == ("cpu", "/opt/ms/bin/python", 3)
+    with pytest.raises(DeviceError, match="No device for SDXL checkpoints"):
+        find_devices(settings(tmp_path, "[mindspore]\ncpu = false\n"), tmp_path, dev=tmp_path).choose_worker(
+            "mindspore", "auto")
+
+
+def test_configured_npus_here_and_on_another_machine(tmp_path):
+    python = mindspore(tmp_path)
+    path = settings(tmp_path, '[[device]]\nname = "second"\nruntime = "mindspore"\ndevice_id = 1\n'
+                              '[[device]]\nname = "box"\nruntime = "mindspore"\nssh = "user@box"\n'
+                              '[[device]]\nname = "slow"\nruntime = "mindspore"\ntarget = "cpu"\npython = "/opt/py"\n')
+    devices = find_devices(path, tmp_path, dev=tmp_path)
+    assert devices.names("mindspore") == ["auto", "second", "box", "slow", "cpu"]
+    second, box, slow = (devices.choose_worker("mindspore", name) for name in ("auto", "box", "slow"))
+    assert dict(second.options) == {"device_id": 1, "target": "ascend", "threads": 0} and second.python == str(python)
+    assert (box.ssh, box.python) == ("user@box", "")       # the interpreter of this machine is not there
+    assert slow.python == "/opt/py" and slow.kill_on_cancel
+
+
+@pytest.mark.parametrize("ask,words", [
+    ("ascend:7", ["'ascend:7' is not on this server", "which has: auto, cpu;"]),
+    ("simulator", ["'simulator' does not run SDXL checkpoints", "choose one of: auto, cpu."]),
+])
+def test_a_device_that_cannot_run_sdxl_is_said_in_one_sentence(tmp_path, ask, words):
+    simulator(tmp_path, "bm1684x")
+    mindspore(tmp_path)
+    with pytest.raises(DeviceError) as error:
+        find_devices(None, tmp_path, dev=tmp_path).choose_worker("mindspore", ask)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("ask", ["auto", "cpu", "ascend:0", "simulator"])
+def test_without_mindspore_the_error_says_how_to_get_it(tmp_path, ask):
+    simulator(tmp_path, "bm1684x")
+    with pytest.raises(DeviceError, match=r"'python tools/install.py mindspore' .* \[mindspore\]"):
+        find_devices(None, tmp_path, dev=tmp_path).choose_worker("mindspore", ask)
