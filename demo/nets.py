@@ -138,8 +138,8 @@ def save(module: nn.Module, path: Path, **tensors: torch.Tensor):
     save_file(weights | tensors, path)
 
 
-def _load(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """Fills `module`, for inference."""
+def filled(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """`module` with these weights (float16 or float32), for inference. Raises ValueError if they do not fit."""
     missing, unexpected = module.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
     if unexpected or [k for k in missing if not k.endswith("position_ids")]:
         raise ValueError(f"The weights do not fit: missing {missing}, unexpected {unexpected}. Train again.")
@@ -147,15 +147,15 @@ def _load(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def load_unet(folder: Path = WEIGHTS) -> UNet2DConditionModel:
-    return _load(build_unet(), load_file(folder / "unet.safetensors"))
+    return filled(build_unet(), load_file(folder / "unet.safetensors"))
 
 
 def load_vae(folder: Path = WEIGHTS) -> AutoencoderKL:
-    return _load(build_vae(), load_file(folder / "vae.safetensors"))
+    return filled(build_vae(), load_file(folder / "vae.safetensors"))
 
 
 def load_judge(folder: Path = WEIGHTS) -> Judge:
-    return _load(Judge(), load_file(folder / "judge.safetensors"))
+    return filled(Judge(), load_file(folder / "judge.safetensors"))
 
 
 def load_text_encoder(folder: Path = WEIGHTS) -> CLIPTextModel:
@@ -163,4 +163,4 @@ def load_text_encoder(folder: Path = WEIGHTS) -> CLIPTextModel:
     weights = load_file(folder / "text_encoder.safetensors")
     vocabulary = Vocabulary(weights.pop("seen_tokens").tolist())
     weights[TOKEN_TABLE] = vocabulary.expand(weights[TOKEN_TABLE])
-    return _load(build_text_encoder(), weights)
+    return filled(build_text_encoder(), weights)

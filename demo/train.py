@@ -347,8 +347,28 @@ def judge_accuracy(judge: nn.Module, count: int = 2000) -> float:
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Stages:
+    """Trains stage after stage, each from its own seed; what a work folder already holds is taken from there."""
+
+    def __init__(self, args: argparse.Namespace, steps: dict[str, int]):
+        self.folder, self.effort, self.steps = args.work, args.effort, steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, blank: nn.Module, train) -> nn.Module:
+        """`blank` with what `train(steps)` learnt, for inference."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            torch.manual_seed(sum(map(ord, name)))
+            trained = train(max(1, int(self.steps[name] * self.effort)))
+            state = {k: v.contiguous() for k, v in trained.state_dict().items()}
+            save_file(state, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+        blank.load_state_dict(load_file(path))
+        return blank.eval()
+
+
+def arguments(about: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with CLIP's vocab.json and merges.txt")
     parser.add_argument("--work", type=Path, default=Path(".local/demo/stages"), help="where stages leave results")
     parser.add_argument("--out", type=Path, default=nets.WEIGHTS)
@@ -356,23 +376,16 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
+    return args
 
+
+def main():
+    args = arguments(__doc__)
     prompts = Prompts(nets.tokenizer(args.tokenizer))
     data = Data(max(4000, int(PICTURES * min(1.0, args.effort))))
     print(f"{len(data.pictures)} pictures, {len(prompts.vocabulary)} token vectors", flush=True)
 
-    def stage(name: str, blank: nn.Module, train) -> nn.Module:
-        path = args.work / f"{name}.safetensors"
-        if not path.exists():
-            torch.manual_seed(sum(map(ord, name)))
-            trained = train(max(1, int(STEPS[name] * args.effort)))
-            state = {k: v.contiguous() for k, v in trained.state_dict().items()}
-            save_file(state, path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
-        blank.load_state_dict(load_file(path))
-        return blank.eval()
-
+    stage = Stages(args, STEPS).run
     encoder = nets.build_text_encoder(len(prompts.vocabulary), start=0, end=1)
     encoder = stage("text", encoder, lambda steps: train_text_encoder(prompts, steps))
     vae = stage("vae", nets.build_vae(), lambda steps: train_vae(data, steps))
