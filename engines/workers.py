@@ -22,11 +22,15 @@ from pathlib import Path
 
 from .errors import DeviceError, EngineError, WorkerDied
 
-RUNTIMES = Path(__file__).parent / "runtimes"
+PACK = Path(__file__).parent
+# What a runtime needs beside its one file, below this folder. A worker imports these under the same names as here.
+SHIPPED = {"mindspore": ("errors.py", "sdxl", "runtimes/mindspore")}
 POLL_SECONDS = 0.05          # how soon a cancel is noticed while the device is busy
+CANCEL_SECONDS = 3.0         # how long a program may take to the end of its step, where it looks for a cancel
 EXIT_SECONDS = 3.0           # how long a worker may take to leave before it is killed
 PIECE_BYTES = 4 << 20        # of a model file on its way to another machine
 NO_POLL: Callable[[], None] = lambda: None
+Answer = list[tuple[str, tuple[int, ...], bytes]]      # arrays as (dtype, shape, bytes)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class WorkerSpec:
     """How to start one worker. Two devices with equal specs share a worker."""
 
     name: str                            # what a workflow and the log call the device
-    runtime: str                         # a file of engines/runtimes: "bmrt", "sail", "onnx"
+    runtime: str                         # a file or folder of engines/runtimes: "bmrt", "sail", "onnx", "mindspore"
     options: tuple[tuple[str, object], ...] = ()   # for the runtime
     python: str = ""                     # empty: the host's own interpreter
     ssh: str = ""                        # "user@host"; empty: this machine
@@ -44,14 +48,17 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class FileVersion:
-    """A model file as it is now: one that is replaced under the same name is another, and is loaded anew."""
+    """A model file or folder as it is now, and how to load it: what is replaced under the same name is loaded anew."""
 
     path: Path
-    modified: int                        # nanoseconds
+    modified: int                        # nanoseconds; of a folder the newest of all that is in it
+    options: tuple[tuple[str, object], ...] = ()   # for the runtime's `load`: two precisions are two models
 
     @classmethod
-    def of(cls, path: Path) -> FileVersion:
-        return cls(path, path.stat().st_mtime_ns)
+    def of(cls, path: Path, **options: object) -> FileVersion:
+        inside = (part for part in path.rglob("*") if part.exists()) if path.is_dir() else ()    # links may lead nowhere
+        modified = max(part.stat().st_mtime_ns for part in (path, *inside))
+        return cls(path, modified, tuple(sorted(options.items())))
 
 
 @dataclass(frozen=True)
@@ -116,21 +123,25 @@ class Worker:
         weakref.finalize(owner, self._drop, file)
 
     def run(self, file: FileVersion, network: str, inputs: Sequence[Feed],
-            outputs: Sequence[tuple[str, str, tuple[int, ...]]],
-            poll: Callable[[], None] = NO_POLL) -> list[tuple[str, tuple[int, ...], bytes]]:
+            outputs: Sequence[tuple[str, str, tuple[int, ...]]], poll: Callable[[], None] = NO_POLL) -> Answer:
         """Run one network: outputs as (dtype, shape, bytes) in the order asked for.
 
         `poll` is called about every 50 ms while the device works; what it raises abandons the call (the device
         finishes or is closed, and the next call starts clean). Raises EngineError in one sentence.
         """
-        with self._busy():
-            model = self._loaded(file, poll)
-            answer = self._run_once(model, network, inputs, outputs, poll)
-            if "missing" in answer:
-                self._sent.difference_update(answer["missing"])
-                answer = self._run_once(model, network, inputs, outputs, poll)
-            self.counters = answer["counters"]
-            return answer["outputs"]
+        return self._compute("run", file, inputs, {"network": network, "outputs": list(outputs)},
+                             f"running '{network}'", poll)
+
+    def perform(self, file: FileVersion, program: str, inputs: Sequence[Feed], settings: dict[str, object],
+                poll: Callable[[], None] = NO_POLL, progress: Callable[[dict], None] = lambda payload: None) -> Answer:
+        """Let the runtime do something long with a model, a whole sampling loop: what it returns, as `run` does.
+
+        `progress` gets what the program reports, in order, in this thread; `poll` is called between as in `run`. What
+        either raises cancels: a program that reports stops then, within CANCEL_SECONDS, and its models stay loaded; one
+        that does not is treated as `run` is. Settings and reports are of str, bytes, numbers, None, lists, tuples, dicts.
+        """
+        return self._compute("perform", file, inputs, {"program": program, "settings": settings},
+                             f"performing '{program}'", poll, progress)
 
     def unload(self, file: FileVersion) -> None:
         """Free what `file` holds on the device; a later call loads it again. The process ends with its last file."""
@@ -170,10 +181,9 @@ class Worker:
         python = self.spec.python if self.spec.ssh else shlex.quote(self.spec.python or sys.executable)
         try:
             gateway = self._group.makegateway(f"{where}//python={python or 'python3'}")
-            self._channel = gateway.remote_exec((RUNTIMES / "serve.py").read_text(encoding="utf-8"))
-            source = (RUNTIMES / f"{self.spec.runtime}.py").read_text(encoding="utf-8")
-            self._channel.send((source, dict(self.spec.options)))
-            self._about = self._answer(0, NO_POLL, "starting")
+            self._channel = gateway.remote_exec((PACK / "runtimes" / "serve.py").read_text(encoding="utf-8"))
+            self._channel.send((self.spec.runtime, _sources(self.spec.runtime), dict(self.spec.options)))
+            self._about = self._answer(0, "starting", NO_POLL)
         except (OSError, EOFError, execnet.HostNotFound, ValueError) as error:
             self._stop(0)
             raise DeviceError(f"Device '{self.spec.name}' did not start: {self._origin()} could not be run "
@@ -243,7 +253,7 @@ class Worker:
                 self._stop(EXIT_SECONDS)      # nothing loaded: leave the device to others
                 return
             with contextlib.suppress(EngineError):
-                self._call("unload", {"model": model}, NO_POLL, "unloading")
+                self._call("unload", {"model": model}, "unloading", NO_POLL)
 
     def _loaded(self, file: FileVersion, poll: Callable[[], None]) -> int:
         self._start()
@@ -253,7 +263,8 @@ class Worker:
                 there = self._sent_file(path, poll) if self.spec.ssh else str(path)
                 # A load that nobody waits for would keep its memory on the card: a cancel is noticed right after it.
                 patient = poll if self.spec.kill_on_cancel else NO_POLL
-                self._models[file] = self._call("load", {"path": there}, patient, f"loading {path.name}")["model"]
+                arguments = {"path": there, "options": dict(file.options)}
+                self._models[file] = self._call("load", arguments, f"loading {path.name}", patient)["model"]
             except WorkerDied as error:
                 raise WorkerDied(f"{error} If it ends there each time, the file is damaged.") from None
             except EngineError as error:
@@ -263,53 +274,80 @@ class Worker:
     def _sent_file(self, path: Path, poll: Callable[[], None]) -> str:
         """Bring a file to a worker on another machine, once: it is kept there under its content hash."""
         from .files import content_hash
+        if path.is_dir():
+            raise EngineError("a folder is not sent to another machine; use a single file.")
         name = content_hash(path) + path.suffix
-        there = self._call("cached_file", {"name": name}, poll, "looking for the file")
+        there = self._call("cached_file", {"name": name}, "looking for the file", poll)
         if there is None:
             size = path.stat().st_size
             with path.open("rb") as file:
                 while file.tell() < size:
                     first = file.tell() == 0
                     arguments = {"name": name, "piece": file.read(PIECE_BYTES), "first": first, "last": file.tell() >= size}
-                    there = self._call("receive_file", arguments, poll, f"sending {path.name}")
+                    there = self._call("receive_file", arguments, f"sending {path.name}", poll)
         return there
 
     # -- calls -------------------------------------------------------------------------------------------------
-    def _run_once(self, model, network, inputs, outputs, poll):
-        sent = [(f.name, f.dtype, f.shape, None if f.digest in self._sent else f.data, f.digest) for f in inputs]
-        answer = self._call("run", {"model": model, "network": network, "inputs": sent, "outputs": list(outputs)},
-                            poll, f"running '{network}'")
-        if "missing" not in answer:
+    def _compute(self, operation: str, file: FileVersion, inputs: Sequence[Feed], arguments: dict, doing: str,
+                 poll: Callable[[], None], progress: Callable[[dict], None] | None = None) -> Answer:
+        with self._busy():
+            model = self._loaded(file, poll)
+            while True:
+                sent = [(f.name, f.dtype, f.shape, None if f.digest in self._sent else f.data, f.digest) for f in inputs]
+                answer = self._call(operation, {"model": model, "inputs": sent, **arguments}, doing, poll, progress)
+                if "missing" not in answer:
+                    break
+                self._sent.difference_update(answer["missing"])
             self._sent.update(f.digest for f in inputs if f.digest)
-        return answer
+            self.counters = answer["counters"]
+            return answer["outputs"]
 
-    def _call(self, operation: str, arguments: dict, poll: Callable[[], None], doing: str):
+    def _call(self, operation: str, arguments: dict, doing: str, poll: Callable[[], None],
+              progress: Callable[[dict], None] | None = None):
         number = next(self._numbers)
         try:
             self._channel.send((number, operation, arguments))
         except OSError:      # execnet says so when the process is already gone
             raise self._died(doing) from None
-        return self._answer(number, poll, doing)
+        return self._answer(number, doing, poll, progress)
 
-    def _answer(self, number: int, poll: Callable[[], None], doing: str):
+    def _answer(self, number: int, doing: str, poll: Callable[[], None], progress: Callable[[dict], None] | None = None):
         while True:
             try:
                 got, status, answer = self._channel.receive(timeout=POLL_SECONDS)
             except self._channel.TimeoutError:
-                try:
-                    poll()
-                except BaseException:
-                    if self.spec.kill_on_cancel:
-                        self._stop(0)
-                    raise
-                continue
+                got = None
             except (EOFError, self._channel.RemoteError):
                 raise self._died(doing) from None
-            if got != number:        # the answer to a call that was cancelled
-                continue
-            if status == "error":
+            # What has another number is about a call that was cancelled.
+            if got == number and status == "error":
                 raise EngineError(answer)
-            return answer
+            if got == number and status == "ok":
+                return answer
+            try:
+                if got == number:
+                    progress(answer)
+                poll()
+            except BaseException:
+                stopped = progress is not None and self._stops(number)
+                if self.spec.kill_on_cancel and not stopped:
+                    self._stop(0)
+                raise
+
+    def _stops(self, number: int) -> bool:
+        """Cancel a call that reports its progress; whether the worker is done with it within CANCEL_SECONDS."""
+        until = time.monotonic() + CANCEL_SECONDS
+        try:
+            self._channel.send((number, "cancel", None))
+            while (left := until - time.monotonic()) > 0:
+                got, status, _ = self._channel.receive(timeout=left)
+                if got == number and status != "progress":
+                    return True
+        except self._channel.TimeoutError:
+            pass
+        except (OSError, EOFError, self._channel.RemoteError):
+            self._stop(0)         # it ended meanwhile; nobody waits for it, so nobody need hear of it
+        return False
 
     def _died(self, doing: str) -> WorkerDied:
         pid, said = self._about.get("pid"), self._last_words()
@@ -326,3 +364,11 @@ class Worker:
         except OSError:
             return ""
         return f"; it last said: {lines[-1].strip()}" if lines else ""
+
+
+def _sources(runtime: str) -> dict[str, str]:
+    """What a worker of this runtime imports from the pack: {"engines/errors.py": its text, ...}."""
+    parts = [PACK / part for part in SHIPPED.get(runtime, (f"runtimes/{runtime}.py",))]
+    files = [file for part in parts for file in (sorted(part.rglob("*.py")) if part.is_dir() else [part])]
+    packages = [PACK / "__init__.py", PACK / "runtimes" / "__init__.py"]
+    return {file.relative_to(PACK.parent).as_posix(): file.read_text(encoding="utf-8") for file in (*packages, *files)}

@@ -257,7 +257,7 @@ def test_a_transfer_cancelled_half_way_leaves_nothing_in_the_next_one(worker, tm
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     worker.describe()
     send = lambda piece, first, last: worker._call(
-        "receive_file", {"name": "x.onnx", "piece": piece, "first": first, "last": last}, lambda: None, "sending")
+        "receive_file", {"name": "x.onnx", "piece": piece, "first": first, "last": last}, "sending", lambda: None)
     assert send(b"half of", True, False) is None
     assert send(b"the ", True, False) is None
     assert Path(send(b"whole", False, True)).read_bytes() == b"the whole"
