@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .errors import DeviceError, EngineError, WorkerDied
 
-PACK = Path(__file__).parent
+ENGINES = Path(__file__).parent
 # What a runtime needs beside its one file, below this folder. A worker imports these under the same names as here.
 SHIPPED = {"mindspore": ("errors.py", "sdxl", "runtimes/mindspore")}
 POLL_SECONDS = 0.05          # how soon a cancel is noticed while the device is busy
@@ -181,7 +181,7 @@ class Worker:
         python = self.spec.python if self.spec.ssh else shlex.quote(self.spec.python or sys.executable)
         try:
             gateway = self._group.makegateway(f"{where}//python={python or 'python3'}")
-            self._channel = gateway.remote_exec((PACK / "runtimes" / "serve.py").read_text(encoding="utf-8"))
+            self._channel = gateway.remote_exec((ENGINES / "runtimes" / "serve.py").read_text(encoding="utf-8"))
             self._channel.send((self.spec.runtime, _sources(self.spec.runtime), dict(self.spec.options)))
             self._about = self._answer(0, "starting", NO_POLL)
         except (OSError, EOFError, execnet.HostNotFound, ValueError) as error:
@@ -368,7 +368,7 @@ class Worker:
 
 def _sources(runtime: str) -> dict[str, str]:
     """What a worker of this runtime imports from the pack: {"engines/errors.py": its text, ...}."""
-    parts = [PACK / part for part in SHIPPED.get(runtime, (f"runtimes/{runtime}.py",))]
+    parts = [ENGINES / part for part in SHIPPED.get(runtime, (f"runtimes/{runtime}.py",))]
     files = [file for part in parts for file in (sorted(part.rglob("*.py")) if part.is_dir() else [part])]
-    packages = [PACK / "__init__.py", PACK / "runtimes" / "__init__.py"]
-    return {file.relative_to(PACK.parent).as_posix(): file.read_text(encoding="utf-8") for file in (*packages, *files)}
+    packages = [ENGINES / "__init__.py", ENGINES / "runtimes" / "__init__.py"]
+    return {file.relative_to(ENGINES.parent).as_posix(): file.read_text(encoding="utf-8") for file in (*packages, *files)}

@@ -27,9 +27,9 @@ class Cancelled(Exception):
 @pytest.fixture
 def pack(tmp_path, monkeypatch):
     """The folder whose sources are sent to workers, with the runtimes of the tests in it."""
-    pack = shutil.copytree(workers.PACK, tmp_path / "engines", ignore=shutil.ignore_patterns("__pycache__"))
+    pack = shutil.copytree(workers.ENGINES, tmp_path / "engines", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(RUNTIMES, pack / "runtimes", dirs_exist_ok=True)
-    monkeypatch.setattr(workers, "PACK", pack)
+    monkeypatch.setattr(workers, "ENGINES", pack)
     monkeypatch.setitem(workers.SHIPPED, "parcel", ("errors.py", "runtimes/plain.py", "runtimes/parcel"))
     return pack
 
@@ -263,7 +263,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from engines import workers
-workers.PACK = Path({str(pack)!r})
+workers.ENGINES = Path({str(pack)!r})
 worker = workers.Worker(workers.WorkerSpec("orphan", "plain"))
 print(worker.describe()["pid"], flush=True)
 worker.perform(workers.FileVersion.of(Path({str(model.path)!r})), "count", [], {{"steps": 1000, "seconds": 0.1}},
