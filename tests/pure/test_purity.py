@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.workers import _sources
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "nodes", "latent_preview", "torch"}
 VENDOR = {"sophon", "onnxruntime", "mindspore", "mindone", "tpu_mlir"}
@@ -26,7 +28,7 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "engines").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_engines_know_no_host_and_vendors_stay_in_runtimes(path):
     assert not imports(path) & HOST
-    if path.parent.name != "runtimes":
+    if "runtimes" not in path.parts:
         assert not imports(path) & VENDOR
 
 
@@ -34,6 +36,29 @@ def test_engines_know_no_host_and_vendors_stay_in_runtimes(path):
 def test_nodes_are_thin_and_leave_comfy_objects_to_the_adapters(path):
     allowed = {"comfy", "comfy_api", "folder_paths"}     # sampler names, the schema, model folders
     assert imports(path) & (HOST | VENDOR | {"numpy"}) <= allowed
+
+
+def neighbours(path: Path) -> set[Path]:
+    """The files of this project that a file imports relatively."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            found |= {folder / "__init__.py", folder.with_suffix(".py"), *(folder / f"{a.name}.py" for a in node.names)}
+    return {file for file in found if file.exists()}
+
+
+@pytest.mark.parametrize("runtime", [path.parent.name for path in (ROOT / "engines" / "runtimes").glob("*/__init__.py")])
+def test_a_runtime_that_is_a_package_is_sent_with_all_it_imports(runtime):
+    sent = {ROOT / name for name in _sources(runtime)}
+    reached, ahead = set(), {path for path in sent if path.parent.name == runtime}
+    while ahead:
+        path = ahead.pop()
+        assert path in sent
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
+        assert imports(path) <= sys.stdlib_module_names | {"numpy"} | (VENDOR if path.parent.name == runtime else set())
+        reached.add(path)
+        ahead |= neighbours(path) - reached
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "engines" / "runtimes").glob("*.py")), ids=lambda p: p.name)
