@@ -18,14 +18,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from . import shapes
+from .vocabulary import CLIP_ROWS, END, START, TOKEN_TABLE, TOKENS, Vocabulary
 
-TOKENS = 77
-CLIP_ROWS = 49408
-START, END = 49406, 49407  # SD 1.x pads with END as well
 WIDTH = 64  # of the context
 LATENT_SCALE = 0.18215  # Stable Diffusion 1.x: what multiplies a VAE latent to give it unit variance
-
-TOKEN_TABLE = "embeddings.token_embedding.weight"
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -100,35 +96,6 @@ def tokenizer(folder: Path):
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(folder))
-
-
-class Vocabulary:
-    """The few token ids that the text encoder was trained on; all others share one vector.
-
-    Training sees rows of a small table (0 START, 1 END, 2 every unseen word, then the seen words), so that the file
-    holds a hundred vectors rather than CLIP's 49408; `expand` gives the full table back.
-    """
-
-    UNSEEN = 2
-
-    def __init__(self, seen: list[int]):
-        self.seen = seen
-        self.row = {START: 0, END: 1} | {token: 3 + i for i, token in enumerate(seen)}
-
-    def __len__(self):
-        return 3 + len(self.seen)
-
-    def rows(self, ids: list[int]) -> list[int]:
-        """A prompt's token ids without START and END -> 77 rows: cut to fit, framed and padded as SD 1.x does."""
-        rows = [0, *(self.row.get(i, self.UNSEEN) for i in ids[: TOKENS - 2]), 1]
-        return rows + [1] * (TOKENS - len(rows))
-
-    def expand(self, table: torch.Tensor) -> torch.Tensor:
-        """The small table (len(self), width) -> CLIP's (49408, width)."""
-        full = table[self.UNSEEN].repeat(CLIP_ROWS, 1)
-        for token, row in self.row.items():
-            full[token] = table[row]
-        return full
 
 
 def save(module: nn.Module, path: Path, **tensors: torch.Tensor):

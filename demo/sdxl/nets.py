@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from .. import nets
-from ..nets import CLIP_ROWS, END, START, TOKENS, WIDTH
+from ..nets import WIDTH
+from ..vocabulary import CLIP_ROWS, END, PAD_2, START, TOKENS
+from .build import TEXT_MODEL, parameters
 
 LATENT_SCALE = 0.13025  # SDXL: what multiplies a VAE latent
 WIDTH_2 = 96  # of text encoder 2, and of its pooled output
-PAD_2 = 0  # what text encoder 2's tokenizer pads with
 SIZE_WIDTH = 256  # sines a number of the six sizes, as in SDXL itself: ComfyUI computes them
 
 
@@ -75,43 +75,18 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-class Vocabulary(nets.Vocabulary):
-    """As for SD 1.x, with one more row for the pad of text encoder 2: 0 START, 1 END, 2 unseen, 3 pad, then words."""
-
-    PAD = 3
-
-    def __init__(self, seen: list[int]):
-        self.seen = seen
-        self.row = {START: 0, END: 1, PAD_2: self.PAD} | {token: 4 + i for i, token in enumerate(seen)}
-
-    def __len__(self):
-        return 4 + len(self.seen)
-
-    def rows(self, ids: list[int]) -> list[int]:
-        rows = super().rows(ids)
-        end = rows.index(1) + 1
-        return rows[:end] + [self.PAD] * (TOKENS - end)
-
-
 def load_text_encoder(folder: Path = nets.WEIGHTS) -> CLIPTextModel:
-    """The SD 1.x demo's text encoder and a last layer that adds nothing."""
-    state = nets.load_text_encoder(folder).state_dict()
-    encoder = build_text_encoder()
-    first, last = "encoder.layers.0.", "encoder.layers.2."
-    prefix = next(key for key in state if first in key).split(first)[0]
-    for key in [key for key in state if key.startswith(prefix + first)]:
-        state[key.replace(first, last)] = torch.zeros_like(state[key])
-    encoder.load_state_dict(state)
-    return encoder.eval().requires_grad_(False)
+    weights = _tensors("text_encoder", folder)
+    return nets.filled(build_text_encoder(), {key.removeprefix(TEXT_MODEL): value for key, value in weights.items()})
 
 
 def load_text_encoder_2(folder: Path = nets.WEIGHTS) -> CLIPTextModelWithProjection:
-    weights = load_file(folder / "sdxl_text_encoder_2.safetensors")
-    vocabulary = Vocabulary(weights.pop("seen_tokens").tolist())
-    table = next(key for key in weights if key.endswith(nets.TOKEN_TABLE))
-    weights[table] = vocabulary.expand(weights[table])
-    return nets.filled(build_text_encoder_2(), weights)
+    return nets.filled(build_text_encoder_2(), _tensors("text_encoder_2", folder))
 
 
 def load_unet(folder: Path = nets.WEIGHTS) -> UNet2DConditionModel:
-    return nets.filled(build_unet(), load_file(folder / "sdxl_unet.safetensors"))
+    return nets.filled(build_unet(), _tensors("unet", folder))
+
+
+def _tensors(part: str, folder: Path) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(value) for key, value in parameters(part, folder).items()}

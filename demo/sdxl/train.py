@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .. import shapes, train
 from ..nets import load_vae, save, tokenizer
 from ..train import EMPTY_CAPTIONS, Data, Fit, Prompts, alphas_cumprod, latents_of, some_left_open
+from ..vocabulary import TOKEN_TABLE, Vocabulary2
 from . import nets
 from .nets import LATENT_SCALE, WIDTH_2
 
@@ -27,7 +28,7 @@ class Prompts2(Prompts):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
-        self.vocabulary = nets.Vocabulary(self.vocabulary.seen)
+        self.vocabulary = Vocabulary2(self.vocabulary.seen)
 
 
 def train_text_encoder_2(prompts: Prompts2, steps: int) -> nn.Module:
@@ -77,8 +78,8 @@ def encoder_1(folder, rows: int) -> nn.Module:
     full = nets.load_text_encoder(folder)
     small = nets.build_text_encoder(rows, start=0, end=1)
     state = full.state_dict()
-    table = next(key for key in state if key.endswith(nets.nets.TOKEN_TABLE))
-    state[table] = nets.nets.load_file(folder / "text_encoder.safetensors")[nets.nets.TOKEN_TABLE].float()
+    table = next(key for key in state if key.endswith(TOKEN_TABLE))
+    state[table] = nets.nets.load_file(folder / "text_encoder.safetensors")[TOKEN_TABLE].float()
     small.load_state_dict(state)
     return small.eval()
 
