@@ -22,6 +22,7 @@ log = logging.getLogger("sophgo_ascend")
 AUTO = "auto"
 SIMULATOR_LIBRARIES = ("libbmlib.so.0", "libbmrt.so.1.0", "libcmodel.so")
 SIMULATOR_IDLE_SECONDS = 5.0
+CPU_CANCEL_SECONDS = 3.0            # enough for a small model to end its step and stay loaded
 SIMULATOR_NICE = 10                 # its threads busy-poll; the server must stay responsive
 LIBSOPHON = Path("/opt/sophon/libsophon-current/lib")
 DEVICE_NODES = ("bm-sophon[0-9]*", "bm-tpu[0-9]*")       # PCIe cards; the TPU of a SoC box
@@ -224,7 +225,7 @@ def _simulator(settings: dict, pack: Path) -> list[Device]:
             options = (("libraries", str(folder)), ("nice", SIMULATOR_NICE), ("simulated", True))
             specs.append((folder.name.upper(), WorkerSpec(
                 "simulator", "bmrt", options, python=settings.get("python", ""),
-                idle_seconds=float(settings.get("idle_seconds", SIMULATOR_IDLE_SECONDS)), kill_on_cancel=True)))
+                idle_seconds=float(settings.get("idle_seconds", SIMULATOR_IDLE_SECONDS)), cancel_seconds=0)))
     return [Device("simulator", "bmodel", tuple(specs), simulated=True)] if specs else []
 
 
@@ -254,4 +255,5 @@ def _mindspore(settings: dict, dev: Path) -> list[Device]:
 
 def _mindspore_spec(name: str, target: str, number: int, python: str, settings: dict, ssh: str = "") -> WorkerSpec:
     options = (("device_id", number), ("target", target), ("threads", settings.get("threads", 0)))
-    return WorkerSpec(name, "mindspore", options, python=python, ssh=ssh, kill_on_cancel=target == "cpu")
+    return WorkerSpec(name, "mindspore", options, python=python, ssh=ssh,
+                      cancel_seconds=CPU_CANCEL_SECONDS if target == "cpu" else None)

@@ -26,7 +26,6 @@ ENGINES = Path(__file__).parent
 # What a runtime needs beside its one file, below this folder. A worker imports these under the same names as here.
 SHIPPED = {"mindspore": ("errors.py", "sdxl", "runtimes/mindspore")}
 POLL_SECONDS = 0.05          # how soon a cancel is noticed while the device is busy
-CANCEL_SECONDS = 3.0         # how long a program may take to the end of its step, where it looks for a cancel
 EXIT_SECONDS = 3.0           # how long a worker may take to leave before it is killed
 PIECE_BYTES = 4 << 20        # of a model file on its way to another machine
 NO_POLL: Callable[[], None] = lambda: None
@@ -43,7 +42,8 @@ class WorkerSpec:
     python: str = ""                     # empty: the host's own interpreter
     ssh: str = ""                        # "user@host"; empty: this machine
     idle_seconds: float | None = None    # close when unused for so long; None keeps it open
-    kill_on_cancel: bool = False         # a simulator is not worth waiting for, a card must finish its step
+    cancel_seconds: float | None = None  # how long a cancelled call may go on before the process is killed; None lets
+                                         # it end, as a card must finish its step; 0 is for what starts again at once
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Worker:
         """Let the runtime do something long with a model, a whole sampling loop: what it returns, as `run` does.
 
         `progress` gets what the program reports, in order, in this thread; `poll` is called between as in `run`. What
-        either raises cancels: a program that reports stops then, within CANCEL_SECONDS, and its models stay loaded; one
-        that does not is treated as `run` is. Settings and reports are of str, bytes, numbers, None, lists, tuples, dicts.
+        either raises cancels: a program stops where it reports next, and its models stay loaded. Settings and reports
+        are of str, bytes, numbers, None, lists, tuples, dicts.
         """
         return self._compute("perform", file, inputs, {"program": program, "settings": settings},
                              f"performing '{program}'", poll, progress)
@@ -262,7 +262,7 @@ class Worker:
             try:
                 there = self._sent_file(path, poll) if self.spec.ssh else str(path)
                 # A load that nobody waits for would keep its memory on the card: a cancel is noticed right after it.
-                patient = poll if self.spec.kill_on_cancel else NO_POLL
+                patient = NO_POLL if self.spec.cancel_seconds is None else poll
                 arguments = {"path": there, "options": dict(file.options)}
                 self._models[file] = self._call("load", arguments, f"loading {path.name}", patient)["model"]
             except WorkerDied as error:
@@ -329,25 +329,25 @@ class Worker:
                     progress(answer)
                 poll()
             except BaseException:
-                stopped = progress is not None and self._stops(number)
-                if self.spec.kill_on_cancel and not stopped:
-                    self._stop(0)
+                self._cancel(number)
                 raise
 
-    def _stops(self, number: int) -> bool:
-        """Cancel a call that reports its progress; whether the worker is done with it within CANCEL_SECONDS."""
-        until = time.monotonic() + CANCEL_SECONDS
+    def _cancel(self, number: int) -> None:
+        """Ask the worker to leave a call, which a program does where it reports; kill it if it may not go on so long."""
+        patience = self.spec.cancel_seconds
         try:
             self._channel.send((number, "cancel", None))
+            until = time.monotonic() + (patience or 0)
             while (left := until - time.monotonic()) > 0:
                 got, status, _ = self._channel.receive(timeout=left)
                 if got == number and status != "progress":
-                    return True
+                    return
         except self._channel.TimeoutError:
             pass
         except (OSError, EOFError, self._channel.RemoteError):
-            self._stop(0)         # it ended meanwhile; nobody waits for it, so nobody need hear of it
-        return False
+            patience = 0         # it ended meanwhile; nobody waits for it, so nobody need hear of it
+        if patience is not None:
+            self._stop(0)
 
     def _died(self, doing: str) -> WorkerDied:
         pid, said = self._about.get("pid"), self._last_words()

@@ -42,7 +42,7 @@ def test_auto_comes_first_and_the_simulator_serves_each_chip_by_its_own_worker(t
     devices = find_devices(None, tmp_path)
     assert devices.names()[:2] == ["auto", "simulator"]
     x, old = devices.choose("auto", [bmodel("BM1684X")])[1], devices.choose("simulator", [bmodel("BM1684")])[1]
-    assert x != old and x.idle_seconds and x.kill_on_cancel
+    assert x != old and x.idle_seconds and x.cancel_seconds == 0
     assert dict(x.options)["libraries"].endswith("bm1684x")
 
 
@@ -60,7 +60,7 @@ def test_configured_devices_come_before_the_simulator(tmp_path):
     spec = devices.choose("auto", [bmodel("BM1684X")])[1]
     assert (spec.name, spec.runtime, spec.python, dict(spec.options)) == (
         "card0", "sail", "/usr/bin/python3.8", {"device_id": 1})
-    assert not spec.kill_on_cancel and spec.idle_seconds is None
+    assert spec.cancel_seconds is None and spec.idle_seconds is None
 
 
 def test_a_card_is_preferred_to_a_file_that_only_the_simulator_runs(tmp_path):
@@ -135,10 +135,10 @@ def test_mindspore_runs_on_the_npus_of_this_machine_else_on_its_cpu(tmp_path):
     devices = find_devices(None, tmp_path, dev=tmp_path)
     assert devices.names("mindspore") == ["auto", "ascend:0", "ascend:1", "ascend:10", "cpu"]
     card, cpu = devices.choose_worker("mindspore", "auto"), devices.choose_worker("mindspore", "cpu")
-    assert (card.name, card.runtime, card.python, card.kill_on_cancel) == ("ascend:0", "mindspore", str(python), False)
+    assert (card.name, card.runtime, card.python, card.cancel_seconds) == ("ascend:0", "mindspore", str(python), None)
     assert dict(card.options) == {"device_id": 0, "target": "ascend", "threads": 0}
     assert dict(devices.choose_worker("mindspore", "ascend:10").options)["device_id"] == 10
-    assert (cpu.python, cpu.kill_on_cancel, dict(cpu.options)["target"]) == (str(python), True, "cpu")
+    assert (cpu.python, cpu.cancel_seconds, dict(cpu.options)["target"]) == (str(python), 3.0, "cpu")
 
 
 def test_each_loader_offers_what_runs_its_files(tmp_path):
@@ -169,7 +169,7 @@ def test_configured_npus_here_and_on_another_machine(tmp_path):
     second, box, slow = (devices.choose_worker("mindspore", name) for name in ("auto", "box", "slow"))
     assert dict(second.options) == {"device_id": 1, "target": "ascend", "threads": 0} and second.python == str(python)
     assert (box.ssh, box.python) == ("user@box", "")       # the interpreter of this machine is not there
-    assert slow.python == "/opt/py" and slow.kill_on_cancel
+    assert slow.python == "/opt/py" and slow.cancel_seconds
 
 
 @pytest.mark.parametrize("ask,words", [

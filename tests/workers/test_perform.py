@@ -133,9 +133,9 @@ def test_what_stays_on_the_device_is_sent_once(start, model):
     assert perform(worker, model, "join", inputs=[*inputs, feed("d", b"!", "d3")]) == "contextmorex!"
 
 
-@pytest.mark.parametrize("kill", [True, False])
-def test_a_program_cancelled_at_a_step_ends_there_and_its_model_stays_loaded(start, model, kill):
-    worker, stop = start(kill_on_cancel=kill), Stop(at=3)
+@pytest.mark.parametrize("seconds", [3.0, None])
+def test_a_program_cancelled_at_a_step_ends_there_and_its_model_stays_loaded(start, model, seconds):
+    worker, stop = start(cancel_seconds=seconds), Stop(at=3)
     perform(worker, model, "say")
     pid, started = worker.pid, time.monotonic()
     with pytest.raises(Cancelled):
@@ -146,7 +146,7 @@ def test_a_program_cancelled_at_a_step_ends_there_and_its_model_stays_loaded(sta
 
 
 def test_what_progress_raises_cancels_too(start, model):
-    worker, stop = start(kill_on_cancel=True), Stop(at=2)
+    worker, stop = start(cancel_seconds=3.0), Stop(at=2)
 
     def progress(payload):
         stop.progress(payload)
@@ -157,16 +157,15 @@ def test_what_progress_raises_cancels_too(start, model):
 
 
 def test_poll_is_called_while_reports_stream_without_a_pause(start, model):
-    worker, stop = start(kill_on_cancel=True), Stop(at=500)
+    worker, stop = start(cancel_seconds=3.0), Stop(at=500)
     with pytest.raises(Cancelled):
         perform(worker, model, "count", stop.poll, stop.progress, steps=10 ** 6)
     assert stop.steps == list(range(1, 501))
     assert perform(worker, model, "count", steps=2) and worker.starts == 1
 
 
-def test_a_program_that_does_not_look_is_killed_where_nothing_is_lost_by_it(start, model, monkeypatch):
-    monkeypatch.setattr(workers, "CANCEL_SECONDS", 0.3)
-    worker, polls = start(kill_on_cancel=True), iter([None, None])
+def test_a_program_that_does_not_look_is_killed_where_nothing_is_lost_by_it(start, model):
+    worker, polls = start(cancel_seconds=0.3), iter([None, None])
 
     def poll():
         if next(polls, "over"):
@@ -179,9 +178,8 @@ def test_a_program_that_does_not_look_is_killed_where_nothing_is_lost_by_it(star
     assert perform(worker, model, "say") == "model.bin float32" and worker.starts == 2
 
 
-def test_elsewhere_it_is_left_to_finish_and_its_late_answer_is_dropped(start, model, monkeypatch):
-    monkeypatch.setattr(workers, "CANCEL_SECONDS", 0.1)
-    worker = start(kill_on_cancel=False)
+def test_elsewhere_it_is_left_to_finish_and_its_late_answer_is_dropped(start, model):
+    worker = start()
     perform(worker, model, "say")
     pid = worker.pid
     with pytest.raises(Cancelled):
@@ -205,7 +203,7 @@ def test_a_cancel_that_comes_too_late_is_ignored(start, model):
 
 
 def test_a_worker_that_ends_while_it_is_cancelled_is_no_error_of_the_next_call(start, model):
-    worker = start()
+    worker = start(cancel_seconds=3.0)
 
     def poll():
         os.kill(worker.pid, signal.SIGKILL)

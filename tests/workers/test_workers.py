@@ -29,7 +29,7 @@ def unet_file(tmp_path):
 @pytest.fixture
 def worker(request):
     """A worker process of this test's own."""
-    worker = Worker(WorkerSpec(request.node.name, "onnx", kill_on_cancel=True))
+    worker = Worker(WorkerSpec(request.node.name, "onnx", cancel_seconds=0))
     yield worker
     worker.close()
 
@@ -109,8 +109,8 @@ def test_a_cancelled_call_raises_what_poll_raises_and_the_next_call_gets_its_own
     def cancel():
         raise Cancelled
     slow = slow_unet(tmp_path)
-    for kill in (True, False):
-        worker = Worker(WorkerSpec(f"cancel-{kill}", "onnx", kill_on_cancel=kill))
+    for seconds in (0, None):
+        worker = Worker(WorkerSpec(f"cancel-{seconds}", "onnx", cancel_seconds=seconds))
         run(worker, unet_file, feeds())
         pid = worker.pid
         started = time.monotonic()
@@ -118,7 +118,7 @@ def test_a_cancelled_call_raises_what_poll_raises_and_the_next_call_gets_its_own
             run(worker, slow, feeds(), poll=cancel)
         assert time.monotonic() - started < 2, "the call itself takes longer"
         np.testing.assert_allclose(run(worker, unet_file, feeds(3)), expected(feeds(3)), atol=1e-5)
-        assert gone(pid) if kill else worker.pid == pid
+        assert worker.pid == pid if seconds is None else gone(pid)
         worker.close()
 
 
