@@ -1,0 +1,301 @@
+"""SDXL's networks in MindSpore: built empty, filled one parameter at a time, called with what the host sends.
+
+The U-Net and the VAE are mindone's; the text encoders are CLIP written out here, which is shorter than reaching every
+hidden state of mindone's through its outputs, and saves four seconds of imports. Parameters have diffusers' names.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, nn, ops
+from mindspore.nn.utils import no_init_parameters
+
+from ...sdxl.checkpoint import Parameter
+from .modules import mindone
+
+DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+FACTOR = 8                  # pixels a latent cell, each way
+END = 49407                 # CLIP's last token of a text
+
+
+class Input(Protocol):
+    """An array that was sent to this process."""
+
+    array: np.ndarray
+
+    def tensor(self, dtype: ms.Type) -> Tensor:
+        """It on the device, made when first asked for and kept until the array changes."""
+
+
+class Network:
+    """One network of a loaded checkpoint: {port: Input} -> {port: float32 array}."""
+
+    title = ""
+    inputs: tuple[str, ...] = ()
+
+    def __call__(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:
+            raise RuntimeError(f"The {self.title} needs '{missing[0]}' and was not given it.")
+        return self.run(feeds)
+
+    def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+
+def on_host(tensor: Tensor) -> np.ndarray:
+    return tensor.astype(ms.float32).asnumpy()
+
+
+# -- filling -------------------------------------------------------------------------------------------------------
+def convert(values: np.ndarray, source: str, target: str, name: str = "") -> Tensor:
+    """A parameter's array, as its file has it, as a tensor of `target` (a key of DTYPES).
+
+    bfloat16 comes as the uint16 of its bits, which are the upper half of a float32's. Raises RuntimeError for a weight
+    that float16 cannot hold.
+    """
+    if source == "bfloat16":
+        wide = np.empty(values.shape, np.uint32)
+        np.left_shift(values, 16, out=wide, casting="unsafe")
+        values = wide.view(np.float32)
+    if target == "bfloat16":        # numpy has none: MindSpore rounds, to nearest as torch does
+        return Tensor.from_numpy(values.astype(np.float32, copy=False)).astype(ms.bfloat16)
+    with np.errstate(over="ignore"):
+        narrow = values.astype(target, copy=False)
+    if narrow.dtype.itemsize < values.dtype.itemsize and np.isinf(narrow).any():
+        raise RuntimeError(f"'{name}' holds values that float16 cannot: load the model with precision float32 or bfloat16.")
+    return Tensor.from_numpy(narrow)
+
+
+class Weights(dict):
+    """The parameters of a network that is functions, {diffusers name: tensor}."""
+
+    def __init__(self, parameters: Iterable[Parameter], precision: str):
+        super().__init__((p.name, convert(p.read(), p.dtype, precision, p.name)) for p in parameters)
+
+    def __missing__(self, name: str) -> Tensor:
+        raise RuntimeError(f"The checkpoint has no '{name}'.")
+
+
+def build(kind: type, config: Mapping[str, object]) -> nn.Cell:
+    """A network of mindone's whose parameters have no memory yet. Keys that its constructor does not know are left out."""
+    known = inspect.signature(kind.__init__).parameters
+    with no_init_parameters():
+        net = kind(**{key: value for key, value in config.items() if key in known})
+    net.set_train(False)
+    return net
+
+
+def fill(net: nn.Cell, parameters: Iterable[Parameter], precision: str) -> None:
+    """Give every parameter of `net` its values, one at a time: what is being converted is all that exists twice.
+
+    Raises RuntimeError if the checkpoint lacks one, has one too many, or one of another shape.
+    """
+    empty = {}
+    for path, cell in net.cells_and_names():
+        for own, parameter in cell._params.items():
+            empty[_diffusers_name(f"{path}.{own}", cell)] = parameter
+    filled = set()
+    for given in parameters:
+        parameter = empty.get(given.name)
+        if parameter is None:
+            raise RuntimeError(f"The checkpoint has '{given.name}', which this network does not.")
+        if tuple(parameter.shape) != tuple(given.shape):
+            raise RuntimeError(f"'{given.name}' is {list(given.shape)} in the checkpoint and {list(parameter.shape)} here.")
+        parameter.requires_grad = False
+        parameter.set_dtype(DTYPES[precision])
+        parameter.set_data(convert(given.read(), given.dtype, precision, given.name))
+        filled.add(id(parameter))
+    for name, parameter in empty.items():
+        if id(parameter) not in filled:
+            raise RuntimeError(f"The checkpoint has no '{name}'.")
+
+
+# MindSpore's own layers have other names for what torch calls weight and bias.
+_NORMS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+
+
+def _diffusers_name(path: str, cell: nn.Cell) -> str:
+    head, _, own = path.rpartition(".")
+    own = {"embedding_table": "weight"}.get(own, own) if isinstance(cell, nn.Embedding) else _NORMS.get(own, own)
+    return f"{head}.{own}".replace(".Conv2d_0.", ".conv.")     # mindone has a down-sampling layer under two names
+
+
+# -- text encoders -------------------------------------------------------------------------------------------------
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * mint.sigmoid(1.702 * x),
+    "gelu": lambda x: mint.nn.functional.gelu(x),
+}
+
+
+class TextEncoder(Network):
+    """CLIP's text model (openai/CLIP and OpenCLIP), with transformers' parameter names."""
+
+    inputs = ("ids", "layer")
+
+    def __init__(self, config: Mapping[str, object], parameters: Iterable[Parameter], precision: str, title: str):
+        self.title, self.config, self.weights = title, config, Weights(parameters, precision)
+        self.heads, self.eps = int(config["num_attention_heads"]), float(config.get("layer_norm_eps", 1e-5))
+        self.activation = ACTIVATIONS.get(config["hidden_act"])
+        if self.activation is None:
+            raise RuntimeError(f"The {title} uses '{config['hidden_act']}', and CLIP's are gelu and quick_gelu.")
+
+    def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
+        """ids (B, n) integers, layer (1,): 0 for the last hidden state with the final norm, -1 for it without, -2 for
+        the one before the last layer, ... -> hidden (B, n, width), pooled (B, width, or that of the projection)."""
+        ids, layer = feeds["ids"].array, int(feeds["layer"].array.reshape(-1)[0])
+        layers, rows, longest = (int(self.config[key]) for key in
+                                 ("num_hidden_layers", "vocab_size", "max_position_embeddings"))
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= longest:
+            raise RuntimeError(f"The {self.title} takes up to {longest} tokens a row and was given an array of {ids.shape}.")
+        if ids.min() < 0 or ids.max() >= rows:
+            raise RuntimeError(f"A token id of {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the {self.title}'s "
+                               f"vocabulary of {rows} ids.")
+        if not -layers <= layer <= 0:
+            raise RuntimeError(f"The {self.title} has {layers} layers and was asked for the one at {layer}.")
+        states = self._embed(ids)
+        mask, hidden = self._causal(ids.shape[1], states.dtype), None
+        for i in range(layers):
+            states = self._layer(f"text_model.encoder.layers.{i}", states, mask)
+            if i == layers + layer:
+                hidden = states
+        last = self._norm("text_model.final_layer_norm", states)
+        # transformers takes the highest id where the config says 2, a mistake of early configs
+        end = self.config.get("eos_token_id", 2)
+        ends = ids.argmax(1) if end == 2 else (ids == end).argmax(1)
+        pooled = ops.stack([last[i, int(end)] for i, end in enumerate(ends)])
+        if "text_projection.weight" in self.weights:
+            pooled = mint.nn.functional.linear(pooled, self.weights["text_projection.weight"])
+        return {"hidden": on_host(last if layer == 0 else hidden), "pooled": on_host(pooled)}
+
+    def _embed(self, ids: np.ndarray) -> Tensor:
+        tokens, positions = (self.weights[f"text_model.embeddings.{name}_embedding.weight"] for name in ("token", "position"))
+        return mint.nn.functional.embedding(Tensor(ids.astype(np.int32)), tokens) + positions[:ids.shape[1]]
+
+    @staticmethod
+    def _causal(length: int, dtype: ms.Type) -> Tensor:
+        """No token looks at a later one. Finite, so that half precision adds it without making NaN."""
+        return Tensor(np.triu(np.full((length, length), -3e4, np.float32), 1)).astype(dtype)
+
+    def _layer(self, at: str, states: Tensor, mask: Tensor) -> Tensor:
+        normed = self._norm(f"{at}.layer_norm1", states)
+        query, key, value = (self._split(self._linear(f"{at}.self_attn.{name}_proj", normed)) for name in "qkv")
+        scores = ops.matmul(query * (1 / math.sqrt(query.shape[-1])), key.swapaxes(-1, -2)) + mask
+        mixed = ops.matmul(ops.softmax(scores, -1), value).swapaxes(1, 2).reshape(states.shape)
+        states = states + self._linear(f"{at}.self_attn.out_proj", mixed)
+        inner = self.activation(self._linear(f"{at}.mlp.fc1", self._norm(f"{at}.layer_norm2", states)))
+        return states + self._linear(f"{at}.mlp.fc2", inner)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+    def _linear(self, at: str, x: Tensor) -> Tensor:
+        return mint.nn.functional.linear(x, self.weights[f"{at}.weight"], self.weights[f"{at}.bias"])
+
+    def _norm(self, at: str, x: Tensor) -> Tensor:
+        return mint.nn.functional.layer_norm(x, (x.shape[-1],), self.weights[f"{at}.weight"], self.weights[f"{at}.bias"],
+                                             self.eps)
+
+
+# -- U-Net ---------------------------------------------------------------------------------------------------------
+class UNet(Network):
+    """mindone's SDXL U-Net, which takes the pooled text and the six sizes as one vector, as ComfyUI makes it."""
+
+    title = "U-Net"
+    inputs = ("latent", "timestep", "context", "y")
+
+    def __init__(self, config: Mapping[str, object], parameters: Iterable[Parameter], precision: str):
+        class Fused(mindone().UNet2DConditionModel):
+            def get_aug_embed(self, emb, encoder_hidden_states, added_cond_kwargs):
+                return self.add_embedding(added_cond_kwargs["y"].to(emb.dtype))
+
+        self.dtype, self.config = DTYPES[precision], config
+        self.net = build(Fused, config)
+        fill(self.net, parameters, precision)
+        keep_precision(self.net, precision)
+
+    def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
+        """latent (B, C, h, w), timestep (B,), context (B, n, D), y (B, V) -> prediction (B, C, h, w)."""
+        latent, timestep, context, y = (feeds[name] for name in self.inputs)
+        self.check(latent.array, timestep.array, context.array, y.array)
+        return {"prediction": self.predict(latent.array, timestep.array, context.tensor(self.dtype), y.tensor(self.dtype))}
+
+    def predict(self, latent: np.ndarray, timestep: np.ndarray, context: Tensor, y: Tensor) -> np.ndarray:
+        """The same with what does not change between steps on the device, in this network's dtype, already."""
+        out = self.net(Tensor.from_numpy(np.ascontiguousarray(latent)).astype(self.dtype),
+                       Tensor.from_numpy(np.ascontiguousarray(timestep, np.float32)),
+                       encoder_hidden_states=context, added_cond_kwargs={"y": y}, return_dict=False)[0]
+        return on_host(out)
+
+    def check(self, latent: np.ndarray, timestep: np.ndarray, context: np.ndarray, y: np.ndarray) -> None:
+        channels = self.config["in_channels"]
+        if latent.ndim != 4 or latent.shape[1] != channels or 0 in latent.shape:
+            raise RuntimeError(f"The U-Net takes latents (rows, {channels}, height, width) and was given {latent.shape}.")
+        rows = len(latent)
+        width, vector = self.config["cross_attention_dim"], self.config["projection_class_embeddings_input_dim"]
+        if context.ndim != 3 or context.shape[2] != width:
+            raise RuntimeError(f"The conditioning is {context.shape[-1]} wide and this U-Net takes {width}: use the text "
+                               "encoders that belong to it.")
+        if y.ndim != 2 or y.shape[1] != vector:
+            raise RuntimeError(f"The pooled output with the sizes is {y.shape[-1]} wide and this U-Net takes {vector}: use the "
+                               "text encoders that belong to it.")
+        if not (len(context) == len(y) == timestep.size == rows) or timestep.ndim != 1:
+            raise RuntimeError(f"The latent has {rows} rows, the timestep {timestep.shape}, the conditioning {len(context)} and "
+                               f"its vector {len(y)}: they must be as many.")
+
+
+# -- VAE -----------------------------------------------------------------------------------------------------------
+class VaeDecoder(Network):
+    title = "VAE decoder"
+    inputs = ("latent",)
+
+    def __init__(self, vae: nn.Cell):
+        self.vae, self.channels = vae, vae.config["latent_channels"]
+
+    def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
+        """latent (B, C, h, w), not scaled -> image (B, 3, 8h, 8w), about -1 to 1."""
+        latent = feeds["latent"].array
+        if latent.ndim != 4 or latent.shape[1] != self.channels or 0 in latent.shape:
+            raise RuntimeError(f"The VAE decodes latents (rows, {self.channels}, height, width) and was given {latent.shape}.")
+        z = feeds["latent"].tensor(ms.float32)
+        if self.vae.post_quant_conv is not None:
+            z = self.vae.post_quant_conv(z)
+        return {"image": on_host(self.vae.decoder(z))}
+
+
+class VaeEncoder(Network):
+    title = "VAE encoder"
+    inputs = ("image",)
+
+    def __init__(self, vae: nn.Cell):
+        self.vae, self.channels = vae, vae.config["in_channels"]
+
+    def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
+        """image (B, 3, H, W), -1 to 1, sides multiples of 8 -> latent (B, C, H/8, W/8): the mean, not scaled."""
+        image = feeds["image"].array
+        if image.ndim != 4 or image.shape[1] != self.channels or 0 in image.shape or any(s % FACTOR for s in image.shape[2:]):
+            raise RuntimeError(f"The VAE encodes pictures (rows, {self.channels}, height, width) with sides that are multiples of "
+                               f"{FACTOR}, and was given {image.shape}.")
+        moments = self.vae.encoder(feeds["image"].tensor(ms.float32))
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        return {"latent": on_host(moments)[:, :moments.shape[1] // 2]}
+
+
+def vae_halves(config: Mapping[str, object], parameters: Iterable[Parameter]) -> tuple[VaeDecoder, VaeEncoder]:
+    """Always in float32: SDXL's VAE overflows in float16."""
+    vae = build(mindone().AutoencoderKL, config)
+    fill(vae, parameters, "float32")
+    keep_precision(vae, "float32")
+    return VaeDecoder(vae), VaeEncoder(vae)
+
+
+def keep_precision(net: nn.Cell, precision: str) -> None:
+    """mindone's attention computes float32 as float16 on an NPU unless told not to."""
+    if precision == "float32":
+        net.set_flash_attention_force_cast_dtype(None)
