@@ -1,6 +1,7 @@
 """The demo: boot a real ComfyUI headless, queue a shipped workflow over HTTP, and save the picture it makes.
 
-    python -m demo.run [--prompt "a small blue star, top left, yellow background"] [--seed 7] [--model NAME] [--out PNG]
+    python -m demo.run [--workflow "Ascend SDXL text to image"] [--prompt "a small blue star, top left, yellow background"]
+                       [--seed 7] [--model NAME] [--out PNG]
 """
 from __future__ import annotations
 
@@ -13,27 +14,35 @@ from pathlib import Path
 from tools.comfyui import Server, ServerError
 from tools.install import LOCAL, PACK
 
-WORKFLOW = PACK / "workflows" / "api" / "Sophgo text to image.json"
+WORKFLOWS = PACK / "workflows" / "api"
+TEXT_TO_IMAGE = "Sophgo text to image"
 BASE = LOCAL / "demo-server"
 
 
-def text_to_image(prompt: str | None = None, seed: int | None = None, model: str | None = None) -> dict:
-    """The shipped workflow, with wishes put where a person would: the sampler's prompt and seed, the loader's model."""
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    sampler = only(workflow, "KSampler")
+def text_to_image(prompt: str | None = None, seed: int | None = None, model: str | None = None,
+                  name: str = TEXT_TO_IMAGE) -> dict:
+    """A shipped workflow, with wishes put where a person would: the prompt, the sampler's seed, the loader's model."""
+    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     if prompt is not None:
-        workflow[sampler["inputs"]["positive"][0]]["inputs"]["text"] = prompt
+        inputs, key = told(workflow)
+        inputs[key] = prompt
     if seed is not None:
-        sampler["inputs"]["seed"] = seed
+        having(workflow, "seed")["seed"] = seed
     if model is not None:
-        only(workflow, "SophgoLoadCheckpoint")["inputs"]["model_name"] = model
+        having(workflow, "model_name")["model_name"] = model
     return workflow
 
 
-def only(workflow: dict, kind: str) -> dict:
-    """The one node of a kind."""
-    node, = (node for node in workflow.values() if node["class_type"] == kind)
-    return node
+def told(workflow: dict) -> tuple[dict, str]:
+    """Where the prompt is: the inputs of the node that feeds the sampler's `positive`, and the name of one of them."""
+    inputs = workflow[having(workflow, "positive")["positive"][0]]["inputs"]
+    return inputs, next(key for key in ("prompt", "text") if key in inputs)
+
+
+def having(workflow: dict, input: str) -> dict:
+    """The inputs of the one node that has an input of this name."""
+    inputs, = (node["inputs"] for node in workflow.values() if input in node["inputs"])
+    return inputs
 
 
 class Progress:
@@ -58,12 +67,13 @@ class Progress:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workflow", default=TEXT_TO_IMAGE, choices=sorted(path.stem for path in WORKFLOWS.glob("* text to image.json")))
     parser.add_argument("--prompt", help="what the picture shows; default: the workflow's own")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--model", help="a name under demo/models or the demo server's models/sophgo")
     parser.add_argument("--out", type=Path, default=LOCAL / "output" / "demo.png")
     args = parser.parse_args()
-    workflow = text_to_image(args.prompt, args.seed, args.model)
+    workflow = text_to_image(args.prompt, args.seed, args.model, args.workflow)
     print("Booting ComfyUI ...", flush=True)
     try:
         with Server(BASE) as server:
@@ -74,8 +84,8 @@ def main() -> None:
             args.out.write_bytes(server.picture(image))
     except ServerError as error:
         sys.exit(f"The demo failed: {error}")
-    prompt = workflow[only(workflow, "KSampler")["inputs"]["positive"][0]]
-    print(f"\n\"{prompt['inputs']['text']}\" is in {args.out}")
+    inputs, key = told(workflow)
+    print(f"\n\"{inputs[key]}\" is in {args.out}")
 
 
 if __name__ == "__main__":
