@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -42,11 +43,12 @@ class Constant:
     def wire(self, dtype: str) -> tuple[bytes, str]:
         if dtype not in self._cast:
             data = to_wire(self.array, dtype)
-            self._cast[dtype] = (data, _digest(dtype, self.array.shape, data))
+            self._cast[dtype] = (data, digest_of(dtype, self.array.shape, data))
         return self._cast[dtype]
 
 
-def _digest(dtype: str, shape: tuple[int, ...], data: bytes) -> str:
+def digest_of(dtype: str, shape: tuple[int, ...], data: bytes) -> str:
+    """The name under which an array stays on a device: equal content has an equal name."""
     digest = hashlib.sha1(f"{dtype}{shape}".encode(), usedforsecurity=False)     # a name, not a signature
     digest.update(data)
     return digest.hexdigest()
@@ -65,8 +67,17 @@ class Engine:
 
     def __post_init__(self):
         self.worker = Worker.of(self.spec)
-        self.file = FileVersion.of(self.model_file.path)
+        self.file = FileVersion.of(self.path)
         self.worker.hold(self, self.file)
+
+    @property
+    def path(self) -> Path:
+        return self.model_file.path
+
+    @property
+    def device_bytes(self) -> int:
+        """What the file takes on the device, as it states it."""
+        return self.model_file.device_bytes
 
     @cached_property
     def binding(self) -> Binding:
@@ -95,13 +106,13 @@ class Engine:
             value = feeds[role]
             array = value.array if isinstance(value, Constant) else value
             if not _fits(array.shape, port.shapes[variant]):
-                raise EngineError(f"'{self.network.name}' in {self.model_file.path.name} takes {role} as "
+                raise EngineError(f"'{self.network.name}' in {self.path.name} takes {role} as "
                                   f"{list(port.shapes[variant])} and was given {list(array.shape)}.")
             if isinstance(value, Constant):
                 data, digest = value.wire(port.dtype)
             else:
                 data = to_wire(array, port.dtype)
-                digest = _digest(port.dtype, array.shape, data) if role in resident else ""
+                digest = digest_of(port.dtype, array.shape, data) if role in resident else ""
             inputs.append(Feed(port.name, port.dtype, tuple(array.shape), data, digest))
         outputs = [(port.name, port.dtype, port.shapes[variant]) for port in self.network.outputs]
         answers = self.worker.run(self.file, self.network.name, inputs, outputs, poll)

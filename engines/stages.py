@@ -24,6 +24,10 @@ class Stage:
     """Networks of one role. `poll` is called while a device works and may raise to abandon the call."""
 
     title = ""
+    # What a node is told that wants to change the networks: "... is compiled: its weights are fixed; or apply it ...".
+    nature = "is compiled"
+    instead = "apply it before compiling"
+    overflow = "compile it as BF16 or F32"       # what to do where half precision gives NaN
 
     def __init__(self, engines: Sequence[Engine], poll: Poll = NO_POLL):
         self.engines, self.poll = list(engines), poll
@@ -31,28 +35,31 @@ class Stage:
     @property
     def device_bytes(self) -> int:
         """What the files of this stage take on the device, as they state it."""
-        return sum({e.model_file.path: e.model_file.device_bytes for e in self.engines}.values())
+        return sum({engine.path: engine.device_bytes for engine in self.engines}.values())
 
     @property
     def names(self) -> str:
-        return ", ".join(sorted({engine.model_file.path.name for engine in self.engines}))
+        return ", ".join(sorted({engine.path.name for engine in self.engines}))
 
     def release(self) -> None:
         for engine in self.engines:
             engine.release()
 
     def describe(self) -> str:
-        """Where this really runs: "U-Net: unet.bmodel (BM1684X) on simulator, libbmrt 1.0". Starts the worker."""
+        """What really runs where: "U-Net: unet.bmodel (BM1684X) on simulator, libbmrt 1.0". Starts the worker."""
+        return f"{self.title}: {self.runs_on()}"
+
+    def runs_on(self) -> str:
         about = self.engines[0].worker.describe()
         chip = f" ({about['chip']})" if about["chip"] else ""
-        return f"{self.title}: {self.names}{chip} on {self.engines[0].spec.name}, {about['runtime']} {about['version']}"
+        return f"{self.names}{chip} on {self.engines[0].spec.name}, {about['runtime']} {about['version']}"
 
     def _finite(self, array: np.ndarray, engine: Engine, context: str = "") -> np.ndarray:
         if np.isfinite(array).all():
             return array
         what = "NaN" if np.isnan(array).any() else "infinite values"
-        raise EngineError(f"The {self.title} in {engine.model_file.path.name} returned {what}{context}: half precision "
-                          "overflows in some networks, compile it as BF16 or F32.")
+        raise EngineError(f"The {self.title} in {engine.path.name} returned {what}{context}: half precision overflows in "
+                          f"some networks, {self.overflow}.")
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
@@ -67,6 +74,21 @@ def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
     return array if missing <= 0 else np.concatenate([array, np.repeat(array[-1:], missing, 0)])
 
 
+def check_ids(ids: np.ndarray) -> np.ndarray:
+    """The ids as they are. Raises EngineError for one outside CLIP's vocabulary: a device would read past its table."""
+    ids = np.asarray(ids)
+    if ids.min() < 0 or ids.max() >= VOCABULARY:
+        raise EngineError(f"A token id of {int(ids.max())} is outside CLIP's vocabulary of {VOCABULARY} ids.")
+    return ids
+
+
+def check_sampled(latent: np.ndarray, title: str, where: str) -> None:
+    """Raise EngineError if what a sampler gives a U-Net is not finite, so that the network is not blamed for it."""
+    if not np.isfinite(latent).all():
+        raise EngineError(f"The sampler gave the {title} NaN or infinite values{where}, before the network ran: look at the "
+                          "latent, the scheduler (kl_optimal needs 2 steps) and the nodes before it.")
+
+
 class TextEncoder(Stage):
     title = "text encoder"
 
@@ -79,11 +101,9 @@ class TextEncoder(Stage):
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """ids (B, length) integers -> hidden (B, length, width) float32, pooled (B, P) float32 or None.
 
-        Raises EngineError for ids outside CLIP's vocabulary: the device would read past the embedding table.
+        Raises EngineError for ids outside CLIP's vocabulary.
         """
-        ids = np.asarray(ids)
-        if ids.min() < 0 or ids.max() >= VOCABULARY:
-            raise EngineError(f"A token id of {int(ids.max())} is outside CLIP's vocabulary of {VOCABULARY} ids.")
+        ids = check_ids(ids)
         batch = self.engine.shape("ids")[0]
         hidden, pooled = [], []
         for rows in chunks(len(ids), batch):
@@ -120,10 +140,11 @@ class UNet(Stage):
         ("residual.0" ... "residual.mid") -> (B,c,h',w') float32, zeros where the network has them and none is given.
         `where` is added to errors about the numbers ("at step 3 of 20"). Raises EngineError.
         """
+        if latent.shape[1] != self.channels:
+            raise EngineError(f"The {self.title} in {self.names} takes {self.channels} latent channels and was given "
+                              f"{latent.shape[1]}.")
         engine, variant = self._pick(latent.shape[-2:])
-        if not np.isfinite(latent).all():
-            raise EngineError(f"The sampler gave the {self.title} NaN or infinite values{where}, before the network ran: "
-                              "look at the latent, the scheduler (kl_optimal needs 2 steps) and the nodes before it.")
+        check_sampled(latent, self.title, where)
         context = self._context(context, engine, variant)
         batch = engine.shape("latent", variant)[0]
         prediction = np.empty((len(latent), 4, *latent.shape[-2:]), np.float32)

@@ -5,10 +5,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..engines.devices import COMPILED
-from ..engines.errors import EngineError
 from . import library
 from .adapters.clip import ERROR, TRUNCATE, as_clip
-from .adapters.host import poll, tell
+from .adapters.host import one_of, poll, tell
 from .adapters.model import as_model
 from .adapters.vae import as_vae
 from .base import CATEGORY, PackNode
@@ -154,8 +153,7 @@ class SophgoLoadVAE(PackNode):
 
     @classmethod
     def execute(cls, decoder_name, encoder_name, device, latent_scale) -> io.NodeOutput:
-        if latent_scale not in (OUTSIDE, INSIDE):
-            raise EngineError(f"latent_scale cannot be '{latent_scale}': choose '{OUTSIDE}' or '{INSIDE}'.")
+        one_of("latent_scale", latent_scale, (OUTSIDE, INSIDE))
         devices, inside = library.devices(), latent_scale == INSIDE
         source = library.source(decoder_name)
         decoder = source.vae_decoder(devices, device, poll, inside)

@@ -1,30 +1,52 @@
-"""A compiled text encoder as an ordinary CLIP: prompt weights and batching are ComfyUI's own."""
+"""Text encoders that run on a device as an ordinary CLIP: prompt weights and sections are ComfyUI's own."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import comfy.sd
 import numpy as np
 import torch
 from comfy import sd1_clip
+from comfy.supported_models_base import ClipTarget
 
 from ...engines.errors import EngineError
-from ...engines.stages import TextEncoder
-from .host import tell
+from ...engines.stages import Stage, TextEncoder
+from .host import one_of, tell
 from .patcher import CPU, patcher_for
 
 TRUNCATE, ERROR = "truncate", "error"
 SPECIAL_TOKENS = {"start": 49406, "end": 49407, "pad": 49407}
 
 
-class CompiledTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
-    """Stands where ComfyUI expects CLIP-L: encodes sections of 77 token ids, has only the last layer."""
+class EngineTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
+    """Stands where ComfyUI expects a CLIP: encodes sections of 77 token ids."""
 
     special_tokens = SPECIAL_TOKENS
 
-    def __init__(self, stage: TextEncoder, long_prompts: str):
+    def __init__(self, stage: Stage):
         super().__init__()
-        self.stage, self.long_prompts = stage, long_prompts
+        self.stage = stage
+
+    def encode(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sections of 77 ids -> hidden (N,77,D), pooled (N,P) or None, float32."""
+        if not all(isinstance(token, int) for section in tokens for token in section):
+            raise EngineError(f"The prompt names a textual inversion embedding, and {self.stage.names} {self.stage.nature}: "
+                              "it takes words only; remove 'embedding:...' from the prompt.")
+        hidden, pooled = self.run(np.array(tokens))
+        return torch.from_numpy(hidden), None if pooled is None else torch.from_numpy(pooled)
+
+    def run(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.stage(ids)
+
+
+class CompiledTextEncoder(EngineTextEncoder):
+    """CLIP-L compiled with its last layer alone, for one section."""
+
+    def __init__(self, stage: TextEncoder, long_prompts: str):
+        super().__init__(stage)
+        self.long_prompts = long_prompts
 
     def set_clip_options(self, options):
         layer = options.get("layer")
@@ -52,14 +74,6 @@ class CompiledTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
              level=logging.WARNING)
         return sections[:1]
 
-    def encode(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sections of 77 ids -> hidden (N,77,D), pooled (N,P) or None, float32."""
-        if not all(isinstance(token, int) for section in tokens for token in section):
-            raise EngineError(f"The prompt names a textual inversion embedding, and {self.stage.names} is compiled: it "
-                              "takes words only; remove 'embedding:...' from the prompt.")
-        hidden, pooled = self.stage(np.array(tokens))
-        return torch.from_numpy(hidden), None if pooled is None else torch.from_numpy(pooled)
-
 
 class CompiledCLIP(sd1_clip.SD1ClipModel):
     @property
@@ -67,22 +81,19 @@ class CompiledCLIP(sd1_clip.SD1ClipModel):
         return self.clip_l.stage
 
 
-class _Target:
-    """What comfy.sd.CLIP wants to know: the tokenizer, the model and its parameters."""
-
-    def __init__(self, stage: TextEncoder, long_prompts: str):
-        self.tokenizer, self.clip = sd1_clip.SD1Tokenizer, CompiledCLIP
-        self.params = {"clip_model": lambda **_: CompiledTextEncoder(stage, long_prompts)}
-
-
-def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str]) -> comfy.sd.CLIP:
-    """The CLIP for a text encoder stage. long_prompts: TRUNCATE (with a warning on the node) or ERROR."""
-    if long_prompts not in (TRUNCATE, ERROR):
-        raise EngineError(f"long_prompts cannot be '{long_prompts}': choose '{TRUNCATE}' or '{ERROR}'.")
+def engine_clip(tokenizer: type, model: Callable[..., torch.nn.Module], embedding_directory: list[str]) -> comfy.sd.CLIP:
+    """The CLIP of a text model that has a `stage`; model(device=, dtype=, model_options=) makes it."""
     # Without an initial device ComfyUI does not load the patcher it makes, so that ours can take its place.
-    clip = comfy.sd.CLIP(_Target(stage, long_prompts), embedding_directory=embedding_directory,
+    clip = comfy.sd.CLIP(ClipTarget(tokenizer, model), embedding_directory=embedding_directory,
                          model_options={"load_device": CPU, "offload_device": CPU, "initial_device": None,
                                         "dtype": torch.float32})
     clip.patcher = patcher_for(clip.cond_stage_model)
     clip.patcher.is_clip = True
     return clip
+
+
+def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str]) -> comfy.sd.CLIP:
+    """The CLIP for a compiled text encoder. long_prompts: TRUNCATE (with a warning on the node) or ERROR."""
+    one_of("long_prompts", long_prompts, (TRUNCATE, ERROR))
+    encoder = partial(CompiledCLIP, clip_model=lambda **_: CompiledTextEncoder(stage, long_prompts))
+    return engine_clip(sd1_clip.SD1Tokenizer, encoder, embedding_directory)

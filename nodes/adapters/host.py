@@ -1,14 +1,24 @@
-"""What the pack asks of the running ComfyUI server: where it is in a graph, and how to tell a person something."""
+"""What the pack asks of the running ComfyUI server, and what it does in its place: interrupts, combos, texts on a node."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import comfy.model_management
+
+from ...engines.errors import EngineError
 
 log = logging.getLogger("sophgo_ascend")
 
 # Raised inside a stage while a device works; clears the flag, as ComfyUI's own samplers do.
 poll = comfy.model_management.throw_exception_if_processing_interrupted
+
+
+def one_of(name: str, value: str, options: Sequence[str]) -> None:
+    """Raise EngineError unless a combo's value is on offer: ComfyUI does not check those of a workflow from the API."""
+    if value not in options:
+        listed = ", ".join(f"'{option}'" for option in options[:-1])
+        raise EngineError(f"{name} cannot be '{value}': choose {listed} or '{options[-1]}'.")
 
 
 def tell(text: str, node_id: str | None = None, level: int = logging.INFO) -> None:
@@ -31,6 +41,14 @@ def running_node() -> str:
             files = [str(v) for v in node.get("inputs", {}).values() if isinstance(v, str) and "." in v]
             return node["class_type"] + (f" ({', '.join(files)})" if files else "")
     return ""
+
+
+def node_with(thing: object) -> str:
+    """The id of the node whose class has the code of a function or object, empty if it is in none."""
+    from nodes import NODE_CLASS_MAPPINGS
+    thing = getattr(thing, "func", thing)      # of functools.partial
+    name = getattr(thing, "__qualname__", type(thing).__qualname__).split(".")[0]
+    return next((id for id, node in NODE_CLASS_MAPPINGS.items() if node.__name__ == name), "")
 
 
 def _server():

@@ -3,47 +3,52 @@ from __future__ import annotations
 
 import comfy.model_base
 import comfy.supported_models
+import numpy as np
 import torch
 
 from ...engines.errors import EngineError
 from ...engines.roles import FAMILIES, INPAINT_CHANNELS, LATENT_CHANNELS
-from ...engines.stages import SizeError, UNet
-from .patcher import CPU, CompiledPatcher, patcher_for
+from ...engines.stages import SizeError, Stage, UNet
+from .patcher import CPU, EnginePatcher, patcher_for
 
 SD1_CHANNELS = 320       # of the first block of an SD 1.x U-Net; FreeU and its kind reckon with it
 
 
-class CompiledUNet(torch.nn.Module):
+class EngineUNet(torch.nn.Module):
     """What stands where ComfyUI expects the diffusion model; no parameters, so nothing of it is ever moved."""
 
     dtype = torch.float32
 
-    def __init__(self, stage: UNet):
+    def __init__(self, stage: Stage):
         super().__init__()
         self.stage = stage
         self.in_channels = stage.channels      # stock nodes ask for it
 
     def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **extra):
-        """x (B,C,h,w), timesteps (B,), context (B,77n,D) -> raw prediction (B,4,h,w), float32."""
+        """x (B,C,h,w), timesteps (B,), context (B,77n,D), SDXL's y (B,V) -> raw prediction (B,4,h,w), float32."""
         options = transformer_options or {}
-        self._refuse_patches(options)
+        self.refuse_patches(options)
         if control is not None:
             raise EngineError(f"The U-Net in {self.stage.names} takes no ControlNet residuals: remove the ControlNet.")
         if context is None:
             raise EngineError("The conditioning holds no text context: connect the CLIP that belongs to this model.")
-        if x.shape[1] != self.stage.channels:
-            raise EngineError(f"The U-Net in {self.stage.names} takes {self.stage.channels} latent channels and was "
-                              f"given {x.shape[1]}.")
-        prediction = self.stage(*(t.detach().to(CPU, torch.float32).numpy() for t in (x, timesteps, context)),
-                                where=_where(options, timesteps))
-        return torch.from_numpy(prediction).to(x.device)
+        arguments = [as_array(tensor) for tensor in (x, timesteps, context, *self.vectors(extra))]
+        return torch.from_numpy(self.stage(*arguments, where=_where(options, timesteps))).to(x.device)
 
-    def _refuse_patches(self, options: dict) -> None:
+    def vectors(self, extra: dict) -> tuple:
+        """What the stage takes besides latent, timestep and context."""
+        return ()
+
+    def refuse_patches(self, options: dict) -> None:
         names = [name for kind in ("patches", "patches_replace") for name, value in options.get(kind, {}).items() if value]
         if names:
             raise EngineError(f"A node before this one patches the U-Net's inside ({', '.join(sorted(names))}) and "
-                              f"{self.stage.names} is compiled: its inside is fixed. Remove that node (FreeU, ToMe, "
+                              f"{self.stage.names} {self.stage.nature}: its inside is fixed. Remove that node (FreeU, ToMe, "
                               "IPAdapter and their kind).")
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to(CPU, torch.float32).numpy()
 
 
 def _where(options: dict, timesteps: torch.Tensor) -> str:
@@ -55,27 +60,32 @@ def _where(options: dict, timesteps: torch.Tensor) -> str:
     return where
 
 
-class CompiledModel(comfy.model_base.BaseModel):
+class EngineModel:
+    """What ComfyUI's model classes need to hold an EngineUNet; goes before one of them."""
+
+    @property
+    def stage(self):
+        return self.diffusion_model.stage
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        raise EngineError(f"{self.stage.names} {self.stage.nature}: its weights cannot be saved as a checkpoint; copy the "
+                          "file.")
+
+    def memory_required(self, input_shape, cond_shapes={}):
+        return 0.0               # cond and uncond always share a call: the device's memory is not the host's
+
+
+class CompiledModel(EngineModel, comfy.model_base.BaseModel):
     """Stable Diffusion 1.x with a compiled U-Net: epsilon prediction, SD 1.x betas and latent scale."""
 
     def __init__(self, stage: UNet):
         config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": stage.channels,
                                               "context_dim": stage.width, "model_channels": SD1_CHANNELS})
         super().__init__(config, model_type=comfy.model_base.ModelType.EPS, device=CPU)
-        self.diffusion_model = CompiledUNet(stage)
+        self.diffusion_model = EngineUNet(stage)
         self.latent_size = None      # of the latent that is being sampled
         if stage.channels == INPAINT_CHANNELS:
             self.set_inpaint()
-
-    @property
-    def stage(self) -> UNet:
-        return self.diffusion_model.stage
-
-    def state_dict_for_saving(self, *args, **kwargs):
-        raise EngineError(f"{self.stage.names} is compiled: its weights cannot be saved as a checkpoint; copy the file.")
-
-    def memory_required(self, input_shape, cond_shapes={}):
-        return 0.0               # cond and uncond always share a call: the device's memory is not the host's
 
     def extra_conds(self, **kwargs):
         self.latent_size = tuple(kwargs["noise"].shape[-2:])
@@ -92,7 +102,7 @@ class CompiledModel(comfy.model_base.BaseModel):
                               "ConditioningSetMask, which keeps the whole picture's size.") from error
 
 
-def as_model(stage: UNet) -> CompiledPatcher:
+def as_model(stage: UNet) -> EnginePatcher:
     """The MODEL for a U-Net stage. Raises EngineError for a family whose sampling differs from SD 1.x."""
     if stage.family != "sd1":
         raise EngineError(f"The U-Net in {stage.names} takes a context {stage.width} wide, as {FAMILIES[stage.family]} "

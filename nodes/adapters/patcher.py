@@ -1,25 +1,51 @@
-"""A ModelPatcher for networks that are compiled: nothing to patch, memory that is not torch's."""
+"""A ModelPatcher for networks that are not torch's: nothing to patch, memory of a device of its own."""
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import comfy.model_patcher
 import torch
 
 from ...engines.errors import EngineError
+from ...engines.stages import Stage
 from .host import running_node
 
 CPU = torch.device("cpu")
 
 
-class CompiledPatcher(comfy.model_patcher.ModelPatcher):
-    """Holds a torch module without parameters whose `stage` runs on a device of its own.
+class Together:
+    """Stages that ComfyUI holds as one object: two text encoders as a CLIP, two halves as a VAE."""
+
+    def __init__(self, title: str, stages: Sequence[Stage]):
+        self.title, self.stages = title, list(stages)
+        self.nature, self.instead = self.stages[0].nature, self.stages[0].instead
+
+    @property
+    def names(self) -> str:
+        return ", ".join(dict.fromkeys(stage.names for stage in self.stages))
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(stage.device_bytes for stage in self.stages)
+
+    def release(self) -> None:
+        for stage in self.stages:
+            stage.release()
+
+
+class EnginePatcher(comfy.model_patcher.ModelPatcher):
+    """Holds a torch module without parameters whose `stage`, a Stage or Together, runs on a device of its own.
 
     Everything ComfyUI does to models works (clone, hooks on the schedule, model_sampling patches, /free); what would
     change weights is refused, because a LoRA that silently does nothing is worse than none.
     """
 
     def _refuse(self, what: str):
-        raise EngineError(f"{running_node() or 'This node'} {what}, and the {self.stage.title} in {self.stage.names} is "
-                          "compiled: its weights are fixed. Remove that node, or apply it before compiling.")
+        raise EngineError(f"{running_node() or 'This node'} {what}, and {self._fixed()} Remove that node, or "
+                          f"{self.stage.instead}.")
+
+    def _fixed(self) -> str:
+        return f"the {self.stage.title} in {self.stage.names} {self.stage.nature}: its weights are fixed."
 
     @property
     def stage(self):
@@ -37,9 +63,8 @@ class CompiledPatcher(comfy.model_patcher.ModelPatcher):
         self._refuse("wants to read weights")      # attention multipliers and LoRA extraction start from these
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
-        raise EngineError(f"A hook of a condition wants to patch weights, and the {self.stage.title} in "
-                          f"{self.stage.names} is compiled: its weights are fixed. Remove the hook (CreateHookLora and "
-                          "its kind), or apply the LoRA before compiling.")
+        raise EngineError(f"A hook of a condition wants to patch weights, and {self._fixed()} Remove the hook "
+                          f"(CreateHookLora and its kind), or {self.stage.instead}.")
 
     def patch_hooks(self, hooks):
         pass                                       # hooks that patch weights were refused, the others need none
@@ -66,6 +91,6 @@ class CompiledPatcher(comfy.model_patcher.ModelPatcher):
         return super().detach(unpatch_all)
 
 
-def patcher_for(module: torch.nn.Module) -> CompiledPatcher:
+def patcher_for(module: torch.nn.Module) -> EnginePatcher:
     """A patcher that reports what the device holds; 1 at least, since ComfyUI divides by sizes."""
-    return CompiledPatcher(module, load_device=CPU, offload_device=CPU, size=max(1, module.stage.device_bytes))
+    return EnginePatcher(module, load_device=CPU, offload_device=CPU, size=max(1, module.stage.device_bytes))

@@ -1,4 +1,4 @@
-"""Compiled VAE halves as an ordinary VAE of any size divisible by 8."""
+"""VAE halves that run on a device as an ordinary VAE."""
 from __future__ import annotations
 
 import logging
@@ -8,81 +8,54 @@ import torch
 
 from ...engines.errors import EngineError
 from ...engines.roles import VAE_SCALE
-from ...engines.stages import VAEDecoder, VAEEncoder
+from ...engines.stages import Stage, VAEDecoder, VAEEncoder
 from .host import tell
-from .patcher import CPU, patcher_for
+from .model import as_array
+from .patcher import CPU, Together, patcher_for
 
 DEFAULT_OVERLAP = 64     # picture pixels that neighbouring tiles share
 
 
-class CompiledVAE(torch.nn.Module):
+class FirstStage(torch.nn.Module):
     """Stands where ComfyUI expects the first stage model; pixels in [-1,1], latents unscaled, float32."""
 
-    def __init__(self, decoder: VAEDecoder | None, encoder: VAEEncoder | None):
+    def __init__(self, decoder: Stage | None, encoder: Stage | None):
         super().__init__()
         self.decoder, self.encoder = decoder, encoder
+        self.stage = Together("VAE", [half for half in (decoder, encoder) if half is not None])
 
-    @property
-    def stage(self):
-        return self
-
-    # What CompiledPatcher asks of a stage, for both halves at once.
-    title = "VAE"
-
-    @property
-    def halves(self):
-        return [half for half in (self.decoder, self.encoder) if half is not None]
-
-    @property
-    def names(self) -> str:
-        return ", ".join(half.names for half in self.halves)
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(half.device_bytes for half in self.halves)
-
-    def release(self) -> None:
-        for half in self.halves:
-            half.release()
-
-    def decode(self, z: torch.Tensor, overlap: int = DEFAULT_OVERLAP) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, *overlap: int) -> torch.Tensor:
+        """overlap: picture pixels, for halves that need tiles."""
         if self.decoder is None:
-            raise EngineError(f"{self.names} has no VAE decoder: load one to decode latents.")
-        return torch.from_numpy(self.decoder(z.detach().to(CPU, torch.float32).numpy(), overlap))
+            raise EngineError(f"{self.stage.names} has no VAE decoder: load one to decode latents.")
+        return torch.from_numpy(self.decoder(as_array(z), *overlap))
 
-    def encode(self, pixels: torch.Tensor, overlap: int = DEFAULT_OVERLAP) -> torch.Tensor:
+    def encode(self, pixels: torch.Tensor, *overlap: int) -> torch.Tensor:
         if self.encoder is None:
-            raise EngineError(f"{self.names} has no VAE encoder: choose an encoder file in SophgoLoadVAE, or use a stock "
-                              "VAE to encode.")
-        return torch.from_numpy(self.encoder(pixels.detach().to(CPU, torch.float32).numpy(), overlap))
+            raise EngineError(f"{self.stage.names} has no VAE encoder: choose an encoder file in SophgoLoadVAE, or use a "
+                              "stock VAE to encode.")
+        return torch.from_numpy(self.encoder(as_array(pixels), *overlap))
 
 
 class EngineVAE(comfy.sd.VAE):
-    """comfy.sd.VAE with a compiled first stage. Tiles have the compiled size, whatever size a node asks for."""
+    """comfy.sd.VAE with a first stage that runs on a device of its own, for any size divisible by 8."""
 
-    def __init__(self, decoder: VAEDecoder | None, encoder: VAEEncoder | None):
+    def __init__(self, decoder: Stage | None, encoder: Stage | None):
         logging.disable(logging.WARNING)     # ComfyUI would say that there is no VAE
         try:
             super().__init__(sd={})          # its defaults for SD's VAE: 8x, 4 channels, [-1,1]
         finally:
             logging.disable(logging.NOTSET)
-        self.first_stage_model = CompiledVAE(decoder, encoder)
+        self.first_stage_model = FirstStage(decoder, encoder)
         self.device = self.output_device = CPU
         self.vae_dtype = torch.float32
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 1
         self.patcher = patcher_for(self.first_stage_model)
         self.size = self.patcher.size
 
-    def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP // VAE_SCALE):
-        """overlap: latent elements."""
-        return self.process_output(self.first_stage_model.decode(samples, overlap * VAE_SCALE))
-
-    def encode_tiled_(self, pixel_samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP):
-        """overlap: pixels."""
-        return self.first_stage_model.encode(self.process_input(pixel_samples), overlap)
-
     def get_sd(self):
-        raise EngineError(f"{self.first_stage_model.names} is compiled: its weights cannot be saved; copy the file.")
+        stage = self.first_stage_model.stage
+        raise EngineError(f"{stage.names} {stage.nature}: its weights cannot be saved; copy the file.")
 
     def encode(self, pixel_samples):
         height, width = pixel_samples.shape[1:3]
@@ -95,20 +68,32 @@ class EngineVAE(comfy.sd.VAE):
         return super().encode(pixel_samples)
 
 
-def as_vae(decoder: VAEDecoder | None, encoder: VAEEncoder | None) -> EngineVAE:
-    """The VAE for a decoder and/or an encoder stage."""
-    return EngineVAE(decoder, encoder)
+class TiledVAE(EngineVAE):
+    """A compiled VAE: its tiles have the compiled size, whatever size a node asks for."""
+
+    def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP // VAE_SCALE):
+        """overlap: latent elements."""
+        return self.process_output(self.first_stage_model.decode(samples, overlap * VAE_SCALE))
+
+    def encode_tiled_(self, pixel_samples, tile_x=None, tile_y=None, overlap=DEFAULT_OVERLAP):
+        """overlap: pixels."""
+        return self.first_stage_model.encode(self.process_input(pixel_samples), overlap)
+
+
+def as_vae(decoder: VAEDecoder | None, encoder: VAEEncoder | None) -> TiledVAE:
+    """The VAE for a compiled decoder and/or encoder."""
+    return TiledVAE(decoder, encoder)
 
 
 def decode(vae, samples: torch.Tensor, overlap: int) -> torch.Tensor:
     """Latents (B,4,h,w) -> pictures (B,H,W,3) in [0,1] by any VAE; overlap in pixels is for a compiled one's tiles."""
-    if isinstance(vae, EngineVAE):
+    if isinstance(vae, TiledVAE):
         return vae.decode_tiled(samples, overlap=overlap // VAE_SCALE)
     return vae.decode(samples)
 
 
 def encode(vae, pixels: torch.Tensor, overlap: int) -> torch.Tensor:
     """Pictures (B,H,W,3) in [0,1] -> latents (B,4,h,w) by any VAE; overlap in pixels is for a compiled one's tiles."""
-    if isinstance(vae, EngineVAE):
+    if isinstance(vae, TiledVAE):
         return vae.encode_tiled(pixels, overlap=overlap)
     return vae.encode(pixels)
