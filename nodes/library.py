@@ -1,19 +1,23 @@
 """What this server offers the nodes: model files by name, devices by name."""
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import folder_paths
 
 from ..engines.assembly import Source
 from ..engines.devices import Devices, find_devices
-from ..engines.errors import DeviceError
-from ..engines.files import list_models, picked_files, resolve
+from ..engines.errors import DeviceError, EngineError
+from ..engines.files import MAX_NAME, list_models, picked_files, resolve
 from ..engines.network import ModelFileError
 
 PACK = Path(__file__).resolve().parent.parent
 FOLDER = "sophgo"                            # models/sophgo, and what extra_model_paths.yaml adds to it
+CHECKPOINTS = (".safetensors", ".ckpt")      # of models/checkpoints, what may be an SDXL for MindSpore
+PIPELINE = "model_index.json"                # in a folder of models/diffusers
 SETTINGS_VARIABLE = "SOPHGO_ASCEND_SETTINGS"
 SETTINGS_NAME = "sophgo_ascend.toml"         # in ComfyUI's user folder
 
@@ -24,6 +28,7 @@ def register_folders() -> None:
     mine.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, str(mine), is_default=True)
     folder_paths.add_model_folder_path(FOLDER, str(PACK / "demo" / "models"))
+    folder_paths.add_model_folder_path("diffusers", str(PACK / "demo" / "models" / "diffusers"))
 
 
 def roots() -> list[Path]:
@@ -44,6 +49,28 @@ def source(name: str) -> Source:
     return Source.open(name, resolve(name, roots()), roots())
 
 
+def sdxl_models() -> dict[str, Path]:
+    """What may be an SDXL, by name: checkpoint files, and diffusers folders. Only these can be asked for."""
+    files = [name for name in folder_paths.get_filename_list("checkpoints") if name.lower().endswith(CHECKPOINTS)]
+    found = {name: Path(folder_paths.get_full_path("checkpoints", name)) for name in files}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, below, names in os.walk(root, followlinks=True):      # as stock DiffusersLoader does
+            if PIPELINE in names:
+                found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
+                below.clear()
+    return found
+
+
+def sdxl_model(name: str) -> Path:
+    """The file or folder called `name`. Raises EngineError with the nearest names there are."""
+    models = sdxl_models()
+    if name not in models:
+        near = difflib.get_close_matches(str(name)[:MAX_NAME], models, n=5, cutoff=0)
+        there = f"there are {', '.join(near)}" if near else "there is none yet"
+        raise EngineError(f"There is no SDXL model {str(name)[:80]!r} in models/checkpoints or models/diffusers; {there}.")
+    return models[name]
+
+
 def devices() -> Devices:
     """Read afresh each time: the owner may edit the settings while the server runs. Raises DeviceError."""
     return find_devices(_settings(), PACK)
@@ -61,15 +88,21 @@ def device_names(*formats: str) -> list[str]:
         return ["auto"]
 
 
-def fingerprint(*names: str) -> tuple:
-    """Changes when a file of `names` or the settings do, so that a replaced file is loaded again."""
+def fingerprint(*names: str, files: Callable[[str], Iterable[Path]] = files) -> tuple:
+    """Changes when one of the `files` of `names` or the settings do, so that a replaced file is loaded again."""
     stamps = [_stamp(_settings())] if _settings().exists() else []
     for name in names:
         try:
             stamps += map(_stamp, files(name))
-        except (ModelFileError, OSError):
+        except (ModelFileError, EngineError, OSError):
             stamps.append((name, 0, 0))
     return tuple(stamps)
+
+
+def sdxl_files(name: str) -> list[Path]:
+    """The file called `name`, or everything in the folder. Raises EngineError."""
+    path = sdxl_model(name)
+    return sorted(path.rglob("*")) if path.is_dir() else [path]
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
