@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import configs, parts
+from .ckptfile import read_ckpt
 from .families import other_family, other_prediction
 from .folder import TITLES, read_folder
 from .layout import EXTRAS, PARTS, Diffusers, SingleFile, Source, plain
@@ -49,6 +50,11 @@ class _Found(NamedTuple):
         if self.source.third is not None and shape:
             return (shape[0] // 3, *shape[1:])
         return shape[::-1] if self.source.transposed else shape
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether this can be read as `shape`: a matrix and a 1x1 convolution have the same numbers, and files differ."""
+        whole = self.source.third is None or self.tensor.shape[:1] and self.tensor.shape[0] % 3 == 0
+        return bool(whole) and _squeezed(self.shape) == _squeezed(shape)
 
     def read(self, shape: tuple[int, ...]) -> np.ndarray:
         array = self.tensor.read(self.source.third)
@@ -114,6 +120,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         suffix = path.suffix.lower()
         if suffix == ".safetensors":
             return _checkpoint(path, "single file", read_safetensors(path), None)
+        if suffix == ".ckpt":
+            return _checkpoint(path, "mindspore checkpoint", read_ckpt(path), None)
         raise CheckpointError("only .safetensors files, MindSpore's .ckpt files and diffusers folders can be read")
 
 
@@ -122,9 +130,9 @@ def _checkpoint(path: Path, kind: str, tensors: dict[str, Tensor], known: dict[s
     tensors = _plain(tensors)
     layout = Diffusers()
     if known is None:
+        _refuse_others(tensors)
         if not any(name.startswith(tuple(Diffusers.PREFIXES.values())) for name in tensors):
             layout = SingleFile(tensors)
-            _refuse_others(tensors)
         known = {}
         for part, prefix in layout.PREFIXES.items():
             if any(name.startswith(prefix) and not EXTRAS.fullmatch(name) for name in tensors):
@@ -165,13 +173,11 @@ def _find(tensors: dict[str, Tensor], layout: Diffusers | SingleFile, part: str,
         if one is None:
             lacking.append(name)
             continue
-        # a 1x1 convolution and a matrix have the same numbers: files differ in which they say
-        if one.shape != shape and _squeezed(one.shape) != _squeezed(shape) or one.source.third is not None and (
-                one.tensor.shape[0] % 3):
-            raise CheckpointError(f"its {title} is not SDXL's, or damaged: {one.tensor.name} has the shape "
-                                  f"{list(one.tensor.shape)}, which does not fit the rest")
         if one.tensor.dtype not in FLOATS:
             raise CheckpointError(_unusable(one.tensor.dtype))
+        if not one.fits(shape):
+            raise CheckpointError(f"its {title} is not SDXL's, or damaged: {one.tensor.name} has the shape "
+                                  f"{list(one.tensor.shape)}, which does not fit the rest")
         found[name] = one
     if lacking:
         raise CheckpointError(f"its {title} is not SDXL's, or incomplete: it has no {_some(lacking)}")
@@ -198,7 +204,8 @@ def _refuse_others(tensors: dict[str, Tensor]) -> None:
 
 def _refuse_leftovers(tensors: dict[str, Tensor], found: dict[str, dict[str, _Found]]) -> None:
     used = {one.source.name for part in found.values() for one in part.values()}
-    left = [name for name in tensors if name not in used and not EXTRAS.fullmatch(name)]
+    # a single number or a text is a note of whoever trained it, such as a step count
+    left = [name for name, tensor in tensors.items() if name not in used and tensor.shape and not EXTRAS.fullmatch(name)]
     if left:
         raise CheckpointError(f"it has tensors that SDXL has not: {_some(left)}")
 

@@ -17,7 +17,7 @@ NUMPY = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # Far above any SDXL, low enough that a forged header costs a second at most.
-MAX_TENSORS = 100_000
+MAX_TENSORS = 20_000
 MAX_NAME = 400
 MAX_RANK = 8
 MAX_SIZE = 2**40

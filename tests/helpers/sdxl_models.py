@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,11 +51,16 @@ class TinySDXL:
         return {part: getattr(self, part) for part in ("text_encoder", "text_encoder_2", "unet", "vae")}
 
     def state(self, part: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
-        """The parameters as files on the Hub name them: transformers 5 leaves the first encoder's "text_model." out."""
-        tensors = getattr(self, part).state_dict()
-        if part == "text_encoder" and not any(name.startswith("text_model.") for name in tensors):
-            tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+        """The parameters as files on the Hub name them."""
+        tensors = _hub_names(part, getattr(self, part).state_dict())
         return {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+
+
+def _hub_names(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers 5 leaves the first encoder's "text_model." out."""
+    if part == "text_encoder" and not any(name.startswith("text_model.") for name in tensors):
+        return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def text_config(rows: int, width: int, layers: int, act: str) -> CLIPTextConfig:
@@ -65,13 +71,13 @@ def text_config(rows: int, width: int, layers: int, act: str) -> CLIPTextConfig:
 
 
 UNET = dict(
-    sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(64, 128, 192),
+    sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(32, 64, 128),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 2),
-    attention_head_dim=(1, 2, 3), cross_attention_dim=64 + 128, use_linear_projection=True,
+    attention_head_dim=(1, 1, 2), cross_attention_dim=64 + 128, use_linear_projection=True,
     addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=128 + 6 * 256)
 VAE = dict(
-    sample_size=128, latent_channels=4, layers_per_block=2, block_out_channels=(32, 64, 96, 128), scaling_factor=0.13025,
+    sample_size=128, latent_channels=4, layers_per_block=2, block_out_channels=(32, 32, 64, 96), scaling_factor=0.13025,
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.39.0", "beta_end": 0.012,
              "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
@@ -139,6 +145,122 @@ def write_single(model: TinySDXL, path: Path, dtype: str = "float32", parts: tup
     tensors["alphas_cumprod"] = torch.linspace(1, 0, 1000)
     save_file(tensors, path, {"format": "pt", "modelspec.architecture": "stable-diffusion-xl-v1-base"})
     return path
+
+
+def write_full_size(path: Path, dtype: str = "F16") -> Path:
+    """A file with the names, shapes and size of sd_xl_base_1.0 and zeros as numbers: sparse, so that it takes no disk.
+
+    The shapes are those of diffusers' and transformers' own networks, built on the meta device.
+    """
+    with torch.device("meta"):
+        networks = {"text_encoder": CLIPTextModel(CLIPTextConfig(**FULL_CONFIGS["text_encoder"])),
+                    "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**FULL_CONFIGS["text_encoder_2"])),
+                    "unet": UNet2DConditionModel(**FULL_CONFIGS["unet"]), "vae": AutoencoderKL(**FULL_CONFIGS["vae"])}
+    header, end = {}, 0
+    for part, network in networks.items():
+        for name, tensor in single_file(part, _hub_names(part, network.state_dict())).items():
+            size = tensor.numel() * {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}[dtype]
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+            end += size
+    return write_header(path, header, end)
+
+
+def write_header(path: Path, header: dict, data_bytes: int) -> Path:
+    """A .safetensors file with this header and sparse zeros."""
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + data_bytes)
+    return path
+
+
+# What stabilityai/stable-diffusion-xl-base-1.0 states in its config.json files, less versions and unused features.
+FULL_CONFIGS = {
+    "text_encoder": dict(
+        attention_dropout=0.0, bos_token_id=0, eos_token_id=2, hidden_act="quick_gelu", hidden_size=768,
+        initializer_factor=1.0, initializer_range=0.02, intermediate_size=3072, layer_norm_eps=1e-5,
+        max_position_embeddings=77, num_attention_heads=12, num_hidden_layers=12, pad_token_id=1, projection_dim=768,
+        vocab_size=49408),
+    "text_encoder_2": dict(
+        attention_dropout=0.0, bos_token_id=0, eos_token_id=2, hidden_act="gelu", hidden_size=1280,
+        initializer_factor=1.0, initializer_range=0.02, intermediate_size=5120, layer_norm_eps=1e-5,
+        max_position_embeddings=77, num_attention_heads=20, num_hidden_layers=32, pad_token_id=1, projection_dim=1280,
+        vocab_size=49408),
+    "unet": dict(
+        act_fn="silu", addition_embed_type="text_time", addition_time_embed_dim=256, attention_head_dim=[5, 10, 20],
+        block_out_channels=[320, 640, 1280], center_input_sample=False, cross_attention_dim=2048,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], downsample_padding=1,
+        flip_sin_to_cos=True, freq_shift=0, in_channels=4, layers_per_block=2, mid_block_scale_factor=1, norm_eps=1e-5,
+        norm_num_groups=32, out_channels=4, projection_class_embeddings_input_dim=2816, sample_size=128,
+        transformer_layers_per_block=[1, 2, 10], use_linear_projection=True,
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]),
+    "vae": dict(
+        act_fn="silu", block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
+        force_upcast=True, in_channels=3, latent_channels=4, layers_per_block=2, norm_num_groups=32, out_channels=3,
+        sample_size=1024, scaling_factor=0.13025, up_block_types=["UpDecoderBlock2D"] * 4),
+}
+
+
+def write_ckpt(model: TinySDXL, path: Path, dtype: str = "float32", names: str = "gm", piece: int = 512 << 20,
+               crc: bool = False) -> Path:
+    """A MindSpore checkpoint, as `mindspore.save_checkpoint` writes it, with the names of gm or of diffusers.
+
+    Tensors above `piece` bytes are cut into several records. Written by hand, as there is no MindSpore where torch is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for part in tuple(CLASSES)[:4]:
+        state = model.state(part, dtype)
+        tensors |= single_file(part, state) if names == "gm" else {f"{part}.{name}": state[name] for name in state}
+    if names == "gm":
+        tensors["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
+        tensors["conditioner.embedders.1.model.attn_mask"] = torch.zeros(TOKENS, TOKENS)
+        tensors["global_step"] = torch.tensor(7, dtype=torch.int32)
+    written = b""
+    with path.open("wb") as file:
+        for name, tensor in mindspore_names(tensors).items():
+            for record in ckpt_records(name, tensor, piece):
+                file.write(record)
+                written = record
+        if crc:
+            file.write(b"crc_num" + len(written).to_bytes(10, "big"))     # nobody here checks the number itself
+    return path
+
+
+def mindspore_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PyTorch's names -> MindSpore's: a norm has gamma and beta, an embedding has a table."""
+    norms = {name[:-len(".weight")] for name, tensor in tensors.items() if name.endswith(".weight") and tensor.ndim == 1}
+    found = {}
+    for name, tensor in tensors.items():
+        front, dot, last = name.rpartition(".")
+        if front in norms:
+            last = {"weight": "gamma", "bias": "beta"}[last]
+        elif front.endswith(("token_embedding", "position_embedding")):
+            last = "embedding_table"
+        found[front + dot + last] = tensor
+    return found
+
+
+def ckpt_records(name: str, tensor: torch.Tensor, piece: int = 512 << 20) -> Iterator[bytes]:
+    """checkpoint.proto by hand: Checkpoint {1: Value {1: tag, 2: TensorProto {1: dims, 2: type, 3: content}}}."""
+    kind = str(tensor.dtype)[len("torch."):].replace("float", "Float").replace("b", "B").replace("int", "Int")
+    content = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+    dims = b"".join(b"\x08" + _varint(size) for size in tensor.shape)
+    for start in range(0, len(content), piece):
+        inner = dims + _field(2, kind.encode()) + _field(3, content[start:start + piece])
+        yield _field(1, _field(1, name.encode()) + _field(2, inner))
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+
+
+def _varint(value: int) -> bytes:
+    found = b""
+    while value > 0x7F:
+        found += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return found + bytes([value])
 
 
 def single_file(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,20 @@
 """Checkpoints of SDXL: what is read from them, bit for bit, and what is said of those that cannot be used."""
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from engines.sdxl.checkpoint import PARTS, Checkpoint, open_checkpoint
-from tests.helpers.sdxl_models import DTYPES, TinySDXL, write_folder, write_single
+from tests.helpers.sdxl_models import (
+    DTYPES,
+    FULL_CONFIGS,
+    TinySDXL,
+    write_ckpt,
+    write_folder,
+    write_full_size,
+    write_single,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +59,33 @@ def test_a_diffusers_folder_does_too(tmp_path, model, dtype, variant, shards):
     checkpoint = open_checkpoint(path)
     assert (checkpoint.kind, len(checkpoint.files)) == ("diffusers folder", 4 * shards)
     assert_same(checkpoint, model, dtype)
+
+
+@pytest.mark.parametrize("dtype, names, piece, crc", [
+    ("float32", "gm", 512 << 20, False), ("float16", "gm", 10_000, True), ("bfloat16", "diffusers", 512 << 20, False)])
+def test_a_mindspore_checkpoint_does_too(tmp_path, model, dtype, names, piece, crc):
+    path = write_ckpt(model, tmp_path / "tiny.ckpt", dtype, names, piece, crc)
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.kind, checkpoint.files) == ("mindspore checkpoint", [path])
+    assert_same(checkpoint, model, dtype)
+
+
+def test_the_fixture_is_what_diffusers_takes_for_a_single_file(tmp_path, model):
+    from diffusers import UNet2DConditionModel
+    path = write_single(model, tmp_path / "tiny.safetensors")
+    folder = write_folder(model, tmp_path / "tiny")
+    loaded = UNet2DConditionModel.from_single_file(str(path), config=str(folder), subfolder="unet").state_dict()
+    assert all(torch.equal(loaded.pop(name), tensor) for name, tensor in model.state("unet").items()) and not loaded
+
+
+def test_a_file_of_the_full_size_gives_the_configs_of_sdxl_base_at_once(tmp_path):
+    path = write_full_size(tmp_path / "sd_xl_base_1.0.safetensors")
+    start = time.process_time()
+    checkpoint = open_checkpoint(path)
+    assert time.process_time() - start < 2      # seconds of a processor; 0.05 on a quiet machine
+    assert checkpoint.configs == FULL_CONFIGS
+    assert (checkpoint.widths, checkpoint.latent_channels, checkpoint.dtype) == ((768, 1280, 1280), 4, "float16")
+    counts = {part: sum(1 for _ in checkpoint.parameters(part)) for part in PARTS}
+    assert counts == {"text_encoder": 196, "text_encoder_2": 517, "unet": 1680, "vae": 248}
+    assert 6.9e9 < checkpoint.bytes == 2 * sum(
+        int(np.prod(parameter.shape)) for part in PARTS for parameter in checkpoint.parameters(part))
