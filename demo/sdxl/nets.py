@@ -60,14 +60,14 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(48, 64, 96),
+        block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=2,
-        transformer_layers_per_block=(1, 1, 2),
+        transformer_layers_per_block=(1, 1, 1),
         norm_num_groups=4,  # as in the SD 1.x demo: many groups hurt flat colours
         cross_attention_dim=WIDTH + WIDTH_2,
-        attention_head_dim=(3, 4, 6),  # the number of heads, whatever its name says
+        attention_head_dim=(4, 4, 4),  # the number of heads, whatever its name says
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=SIZE_WIDTH,

@@ -17,8 +17,8 @@ from ..vocabulary import TOKEN_TABLE, Vocabulary2
 from . import nets
 from .nets import LATENT_SCALE, WIDTH_2
 
-STEPS = {"sdxl_text_2": 1500, "sdxl_unet": 5000, "sdxl_unet2": 3500, "sdxl_unet3": 3000}
-UNET_ROUNDS = {"sdxl_unet": 2e-3, "sdxl_unet2": 1.2e-3, "sdxl_unet3": 1.2e-3}
+STEPS = {"sdxl_text_2": 1500, "sdxl_unet": 2500, "sdxl_unet2": 2500, "sdxl_unet3": 2500}
+UNET_ROUNDS = {"sdxl_unet": 1.2e-3, "sdxl_unet2": 1e-3, "sdxl_unet3": 1e-3}  # at 2e-3 training fell apart
 SIZES = (64, 128, 256, 512, 768, 1024)  # the numbers people give; the demo's pictures are the same for all of them
 CAPTIONS_EACH = 2
 
@@ -57,7 +57,22 @@ def train_text_encoder_2(prompts: Prompts2, steps: int) -> nn.Module:
                 for i, head in enumerate(heads[name])
             )
         )
-    return fit.averaged["encoder"]
+    return in_unit_scale(fit.averaged["encoder"], rows)
+
+
+@torch.no_grad()
+def in_unit_scale(encoder: nn.Module, rows: torch.Tensor) -> nn.Module:
+    """The same encoder with hidden states and pooled output of about unit deviation, which U-Nets learn from best.
+
+    Every layer norms what it reads, so scaling all that is ever added to the hidden state changes nothing else.
+    """
+    out = encoder(rows, output_hidden_states=True)
+    hidden, pooled = 1 / out.hidden_states[-2].std(), 1 / out.text_embeds.std()
+    for name, weights in encoder.named_parameters():
+        if any(part in name for part in ("embeddings.", "out_proj.", "fc2.")):
+            weights.mul_(hidden)
+    encoder.text_projection.weight.mul_(pooled)
+    return encoder
 
 
 class Conditions:
