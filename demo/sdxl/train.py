@@ -64,7 +64,8 @@ def train_text_encoder_2(prompts: Prompts2, steps: int) -> nn.Module:
 def in_unit_scale(encoder: nn.Module, rows: torch.Tensor) -> nn.Module:
     """The same encoder with hidden states and pooled output of about unit deviation, which U-Nets learn from best.
 
-    Every layer norms what it reads, so scaling all that is ever added to the hidden state changes nothing else.
+    Every layer norms what it reads, so scaling all that is ever added to the hidden state changes little else (norms have
+    an epsilon).
     """
     out = encoder(rows, output_hidden_states=True)
     hidden, pooled = 1 / out.hidden_states[-2].std(), 1 / out.text_embeds.std()
