@@ -63,7 +63,7 @@ def ancestral_levels(sigma: float, target: float, eta: float) -> tuple[float, fl
 
 def toward(x: np.ndarray, denoised: np.ndarray, sigma: float, target: float) -> np.ndarray:
     """x + (target - sigma) * d: the Euler step, and the exact solution while D stays the same."""
-    return denoised if target == 0 else (target / sigma) * x + (1 - target / sigma) * denoised
+    return (target / sigma) * x + (1 - target / sigma) * denoised
 
 
 def euler_edm(denoise: Denoise, x: np.ndarray, sigmas: Sequence[float], noise: Noise, options: Options,

@@ -167,6 +167,20 @@ def test_ancestral_levels_make_up_the_target(eta):
     assert ancestral_levels(2.0, 1.0, 1.0) == pytest.approx((0.5, math.sqrt(0.75)))
 
 
+@pytest.mark.parametrize("name", ["EulerAncestral", "DPMPP2SAncestral"])
+def test_s_noise_scales_what_an_ancestral_step_adds(name):
+    still = lambda x, sigma: np.zeros(1)
+    out = run(name, np.ones(1), [2.0, 1.0], Options(s_noise=0.5), lambda: np.ones(1), still)
+    down, up = ancestral_levels(2.0, 1.0, 1.0)
+    assert out == pytest.approx([down / 2 + 0.5 * up])
+
+
+def test_the_second_call_of_2s_is_half_way_in_logarithm():
+    asked = []
+    run("DPMPP2SAncestral", np.ones(1), [8.0, 2.0, 0.0], Options(eta=0.0), denoise=lambda x, sigma: asked.append(sigma) or x)
+    assert asked == [8.0, 4.0, 2.0]
+
+
 def test_without_noise_ancestral_sampling_is_euler():
     x, sigmas = np.linspace(-20, 20, 9), legacy_ddpm(15)
     np.testing.assert_array_equal(run("EulerAncestral", x, sigmas, Options(eta=0.0)), run("EulerEDM", x, sigmas))
