@@ -61,7 +61,7 @@ def legacy_ddpm(n: int) -> list[float]:
 def diffusers_ddpm(n: int) -> list[float]:
     """Multiples of 1000 // n, plus 1: "leading" spacing with an offset of 1, the scheduler file of SDXL on diffusers.
 
-    It begins below the highest level: at 13.0 for 40 steps.
+    It begins below the highest level: at 12.7 for 40 steps.
     """
     indices = np.arange(LEVELS) if n == LEVELS else np.arange(n) * (LEVELS // n) + 1
     return [*TABLE[indices[::-1]].tolist(), 0.0]
