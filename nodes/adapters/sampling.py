@@ -29,6 +29,7 @@ from .stepping import TRACE
 
 COMFY, NUMPY = "comfy", "numpy"
 NOISES = (COMFY, NUMPY)
+ANCESTRAL = ("EulerAncestral", "DPMPP2SAncestral")
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 # Keys of a LATENT that are about the latent that came in, not about the one that goes out.
 PASSING = (TRACE, "downscale_ratio_spacial", "downscale_ratio_temporal")
@@ -55,12 +56,19 @@ class ComfyNoise:
         self.seed = seed
 
     def first(self, latent: torch.Tensor, rows: Sequence[int] | None) -> torch.Tensor:
-        return comfy.sample.prepare_noise(latent, self.seed, rows)
+        noise = comfy.sample.prepare_noise(latent, self.seed, rows)
+        self.after_first = torch.random.get_rng_state()
+        return noise
 
-    def steps(self, count: int, noise: torch.Tensor) -> np.ndarray:
-        # Newer versions add 1 to the seed, which must still fit.
-        draw = comfy.k_diffusion.sampling.default_noise_sampler(noise, seed=min(self.seed, MAX_SEED - 1))
-        return np.stack([as_array(draw(None, None)) for _ in range(count)])
+    def steps(self, sampler: str, count: int, noise: torch.Tensor) -> np.ndarray:
+        if sampler in ANCESTRAL:
+            # Newer versions add 1 to the seed, which must still fit.
+            draw = comfy.k_diffusion.sampling.default_noise_sampler(noise, seed=min(self.seed, MAX_SEED - 1))
+            return np.stack([as_array(draw(None, None)) for _ in range(count)])
+        # Stock euler and heun go on where the first noise ended: churn must not be that noise once more.
+        generator = torch.Generator()
+        generator.set_state(self.after_first)
+        return np.stack([as_array(torch.randn(noise.shape, generator=generator)) for _ in range(count)])
 
 
 class NumpyNoise:
@@ -75,7 +83,7 @@ class NumpyNoise:
         drawn = self.random.randn(max(rows) + 1, *latent.shape[1:])
         return torch.from_numpy(drawn[rows].astype(np.float32))
 
-    def steps(self, count: int, noise: torch.Tensor) -> np.ndarray:
+    def steps(self, sampler: str, count: int, noise: torch.Tensor) -> np.ndarray:
         return self.random.randn(count, *noise.shape).astype(np.float32)
 
 
@@ -189,7 +197,7 @@ class WorkerSampler(comfy.samplers.Sampler):
         if denoise_mask is not None:
             arrays["mask"] = as_array(denoise_mask[:, :1])
         if count := noise_count(run.sampler, sigmas, run.options):
-            arrays["step_noise"] = self.noise.steps(count, noise)
+            arrays["step_noise"] = self.noise.steps(run.sampler, count, noise)
         conditions = []
         for positive, condition in self._conditions(model_wrap.conds):
             settings, own = resolved(condition, noise)
