@@ -215,8 +215,8 @@ def _check_fit(known: dict[str, dict]) -> None:
     unet, vae = known.get("unet"), known.get("vae")
     if unet:
         if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-            raise CheckpointError(f"its U-Net takes {unet['in_channels']} channels, as models for inpainting or editing do, "
-                                  "and only SDXL's text-to-image models can be used")
+            raise CheckpointError(f"its U-Net takes {unet.get('in_channels', 4)} channels, as models for inpainting or "
+                                  "editing do, and only SDXL's text-to-image models can be used")
         if vae and vae.get("latent_channels", 4) != unet.get("in_channels", 4):
             raise CheckpointError("its VAE and its U-Net do not fit: their latents have different channels")
         if "text_encoder" in known and "text_encoder_2" in known:

@@ -25,6 +25,7 @@ def parameters(part: str, config: dict) -> dict[str, tuple[int, ...]]:
 
 def text_encoder(config: dict) -> Parameters:
     width, inner = number(config, "hidden_size"), number(config, "intermediate_size")
+    divides(config, "num_attention_heads", number(config, "num_attention_heads"), width)
     yield "text_model.embeddings.token_embedding.weight", (number(config, "vocab_size"), width)
     yield "text_model.embeddings.position_embedding.weight", (number(config, "max_position_embeddings", 77), width)
     for layer in range(number(config, "num_hidden_layers", most=MOST_LAYERS)):
@@ -51,6 +52,12 @@ def unet(config: dict) -> Parameters:
     linear = config.get("use_linear_projection") is True
     down = _attentions(config, "down_block_types", levels)
     up = _attentions(config, "up_block_types", levels)
+    stated(config, "addition_embed_type", "text_time")
+    # diffusers calls the number of heads so, unless it is stated under its name as well
+    heads = "num_attention_heads" if config.get("num_attention_heads") is not None else "attention_head_dim"
+    for width, count, looks in zip(widths, numbers(config, heads, levels), down):
+        divides(config, heads, count if looks else 1, width)
+        divides(config, "norm_num_groups", number(config, "norm_num_groups", 32), width)
 
     def resnet(at: str, inputs: int, outputs: int) -> Parameters:
         yield from _resnet(at, inputs, outputs)
@@ -103,6 +110,12 @@ def vae(config: dict) -> Parameters:
     widths = numbers(config, "block_out_channels")
     levels, layers = len(widths), number(config, "layers_per_block", 1, 16)
     latent = number(config, "latent_channels", 4)
+    for width in widths:
+        divides(config, "norm_num_groups", number(config, "norm_num_groups", 32), width)
+    # the sampler and ComfyUI scale latents by this number, and by nothing else
+    stated(config, "scaling_factor", 0.13025)
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        stated(config, key, None)
 
     def middle(at: str) -> Parameters:
         yield from _resnet(f"{at}.mid_block.resnets.0", widths[-1], widths[-1])
@@ -196,6 +209,16 @@ def numbers(config: dict, key: str, count: int = 0, most: int = MOST) -> list[in
             or not all(type(size) is int and 0 < size <= most for size in value)):
         raise CheckpointError(f"its config has {key} = {str(value)[:40]}, which no SDXL has")
     return list(value)
+
+
+def divides(config: dict, key: str, count: int, width: int) -> None:
+    if width % count:
+        raise CheckpointError(f"its config has {key} = {str(config.get(key))[:40]}, which does not divide its width {width}")
+
+
+def stated(config: dict, key: str, expected: object) -> None:
+    if config.get(key) != expected:
+        raise CheckpointError(f"its config has {key} = {str(config.get(key))[:40]}, and SDXL's is {expected}")
 
 
 def _attentions(config: dict, key: str, levels: int) -> list[bool]:

@@ -4,8 +4,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engines.sdxl.checkpoint import PARTS, Checkpoint, open_checkpoint
+from engines.sdxl.layout import plain
 from tests.helpers.sdxl_models import (
     DTYPES,
     FULL_CONFIGS,
@@ -89,3 +91,27 @@ def test_a_file_of_the_full_size_gives_the_configs_of_sdxl_base_at_once(tmp_path
     assert counts == {"text_encoder": 196, "text_encoder_2": 517, "unet": 1680, "vae": 248}
     assert 6.9e9 < checkpoint.bytes == 2 * sum(
         int(np.prod(parameter.shape)) for part in PARTS for parameter in checkpoint.parameters(part))
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("model.diffusion_model.out.0.gamma", "model.diffusion_model.out.0.weight"),
+    ("model.diffusion_model.out.0.beta", "model.diffusion_model.out.0.bias"),
+    ("model.diffusion_model._backbone.out.2.weight", "model.diffusion_model.out.2.weight"),
+    ("conditioner.embedders.1.model.token_embedding.embedding_table",
+     "conditioner.embedders.1.model.token_embedding.weight"),
+    ("conditioner.embedders.1.model.token_embedding..embedding_table",
+     "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"),
+    ("conditioner.embedders.1.model.positional_embedding", "conditioner.embedders.1.model.positional_embedding"),
+    ("gamma", "gamma"),
+])
+def test_mindspore_s_names_become_pytorch_s(name, expected):
+    assert plain(name) == expected
+
+
+def test_what_training_leaves_in_a_file_means_nothing(tmp_path, model):
+    tensors = load_file(write_single(model, tmp_path / "a.safetensors", "float16", parts=("vae",)))
+    tensors |= {"model_ema.diffusion_modelout0weight": torch.ones(3), "first_stage_model.loss.logvar": torch.ones(1),
+                "denoiser.sigmas": torch.ones(1000), "global_step": torch.tensor(3), "any_note": torch.tensor(0.5)}
+    save_file(tensors, tmp_path / "b.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "b.safetensors")
+    assert list(checkpoint.configs) == ["vae"] and checkpoint.missing == ["text_encoder", "text_encoder_2", "unet"]
