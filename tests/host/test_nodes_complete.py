@@ -49,6 +49,25 @@ API = {
     "SophgoInspect": (
         {"file_name": "COMBO"},
         {"STRING": "STRING"}),
+    "AscendLoadSDXL": (
+        {"model_name": "COMBO", "device": "COMBO", "precision": "COMBO"},
+        {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
+    "AscendSDXLConditioner": (
+        {"clip": "CLIP", "prompt": "STRING", "negative_prompt": "STRING", "original_width": "INT", "original_height": "INT",
+         "crop_top": "INT", "crop_left": "INT", "target_width": "INT", "target_height": "INT", "unconditional": "COMBO"},
+        {"positive": "CONDITIONING", "negative": "CONDITIONING"}),
+    "AscendSDXLSampler": (
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT", "seed": "INT",
+         "steps": "INT", "cfg": "FLOAT", "denoise": "FLOAT", "sampler_name": "COMBO", "discretization": "COMBO",
+         "guider": "COMBO", "s_churn": "FLOAT", "s_tmin": "FLOAT", "s_tmax": "FLOAT", "s_noise": "FLOAT",
+         "snap_sigmas": "BOOLEAN", "noise": "COMBO"},
+        {"latent": "LATENT"}),
+    "AscendVAEDecode": (
+        {"samples": "LATENT", "vae": "VAE"},
+        {"image": "IMAGE"}),
+    "AscendVAEEncode": (
+        {"pixels": "IMAGE", "vae": "VAE"},
+        {"latent": "LATENT"}),
 }
 
 
