@@ -33,6 +33,7 @@ from tools.install import LOCAL, PACK
 WORKFLOWS = PACK / "workflows"
 BASE = LOCAL / "templates"                   # the server's own input, output, user folders
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 120_000                           # milliseconds, for the page on a machine that computes pictures meanwhile
 HOW_TO_GET_A_BROWSER = "Chromium is missing: apt-get install chromium"
 # Without the first, a modal for newcomers blocks every click.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"}
@@ -44,7 +45,8 @@ NOTE_SIZE = (900, 110)
 SIZES = {"CLIPTextEncode": (320, 110), "SophgoTextEncode": (320, 200), "SaveImage": (240, 270), "PreviewImage": (240, 240),
          "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "StringConcatenate": (260, 160),
          "SophgoLoadCheckpoint": (440, 276), "SophgoLoadCLIP": (340, 160), "SophgoLoadUNet": (340, 140),
-         "SophgoLoadVAE": (340, 220)}
+         "SophgoLoadVAE": (340, 220), "AscendLoadSDXL": (400, 170), "AscendSDXLConditioner": (320, 370),
+         "AscendVAEDecode": (230, 46), "AscendVAEEncode": (230, 46)}
 COLUMNS = 6                                  # more than these continue below, as lines of a text do
 GAP_X, GAP_Y, TITLE = 60, 24, 30             # a node's title lies above its position
 SCREEN = (80, 170, 1500, 690)                # left, top, width, height of what toolbars leave free on a small screen
@@ -88,6 +90,7 @@ def open_page(server: Server) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page.set_default_timeout(PATIENCE)
         page.route(lambda url: not url.startswith((f"http://{server.address}/", "data:", "blob:")),
                    lambda route: route.abort())
         page.goto(f"http://{server.address}/")
