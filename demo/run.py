@@ -67,7 +67,8 @@ class Progress:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workflow", default=TEXT_TO_IMAGE, choices=sorted(path.stem for path in WORKFLOWS.glob("* text to image.json")))
+    parser.add_argument("--workflow", default=TEXT_TO_IMAGE,
+                        choices=sorted(path.stem for path in WORKFLOWS.glob("* text to image.json")))
     parser.add_argument("--prompt", help="what the picture shows; default: the workflow's own")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--model", help="a name under demo/models or the demo server's models/sophgo")
