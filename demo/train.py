@@ -304,7 +304,7 @@ def train_unet(
         context = contexts[rng.integers(captions_each)][index].float()
         blank = torch.from_numpy(rng.random(batch) < EMPTY_CAPTIONS)
         context[blank] = empty[rng.integers(len(empty), size=int(blank.sum()))].float()
-        timestep = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long()  # one from each stretch
+        timestep = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)  # one a stretch
         a = signal[timestep][:, None, None, None]
         noise = torch.randn(batch, 4, 8, 8)
         noisy = (a.sqrt() * latents[index] + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)

@@ -145,7 +145,7 @@ def train_unet(unet: nn.Module, rate: float, vae, encoder, encoder_2, prompts, p
         blank = torch.from_numpy(rng.random(batch) < EMPTY_CAPTIONS)
         nothing = rng.integers(len(empty.context), size=int(blank.sum()))
         context[blank], pooled[blank] = empty.context[nothing].float(), empty.pooled[nothing].float()
-        timestep = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long()  # one from each stretch
+        timestep = ((torch.arange(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)  # one a stretch
         a = signal[timestep][:, None, None, None]
         noise = torch.randn(batch, 4, 8, 8)
         noisy = (a.sqrt() * latents[index] + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
