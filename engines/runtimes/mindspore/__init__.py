@@ -90,15 +90,16 @@ class Runtime:
         if precision not in PRECISIONS:
             raise RuntimeError(f"The precision is one of {', '.join(PRECISIONS)}, not '{precision}'.")
         if precision == "bfloat16" and self.target == "cpu":
-            raise RuntimeError("MindSpore's CPU back end does not compute in bfloat16: choose precision float32, or float16 for "
-                               "half the memory.")
-        from ...sdxl.checkpoint import open_checkpoint
+            raise RuntimeError("MindSpore's CPU back end does not compute in bfloat16: choose precision float32, or float16 "
+                               "for half the memory.")
+        from ...sdxl.checkpoint import PARTS, open_checkpoint
         from . import networks
         with one_sentence("The checkpoint could not be loaded"):
             checkpoint = open_checkpoint(Path(path))
+            checkpoint.require(*PARTS)
             if self.target == "cpu":
                 from . import kernels
-                kernels.install_attention(networks.mindone().Attention)
+                kernels.install_layers(networks.mindone().Attention, networks.mindone().GEGLU)
             config, parameters = checkpoint.configs, checkpoint.parameters
             model = {part: networks.TextEncoder(config[part], parameters(part), precision, title)
                      for part, title in (("text_encoder", "first text encoder"), ("text_encoder_2", "second text encoder"))}
@@ -172,7 +173,7 @@ def check_interpreter() -> None:
         raise RuntimeError(f"MindSpore is not installed in {sys.executable}: {INSTALL}.")
     numpy = importlib.metadata.version("numpy")
     if int(numpy.split(".")[0]) >= 2:
-        raise RuntimeError(f"MindSpore needs numpy below 2 and {sys.executable} has numpy {numpy}: "
+        raise RuntimeError(f"MindSpore needs numpy below 2 and {sys.executable} has {numpy}: "
                            f"run '{sys.executable} -m pip install \"numpy<2\"'.")
     if importlib.util.find_spec("mindone") is None:
         raise RuntimeError(f"mindone is not installed in {sys.executable}: {INSTALL}.")
@@ -193,7 +194,8 @@ def one_sentence(what: str) -> Iterator[None]:
 
 def sentence(what: str, error: Exception) -> str:
     text = str(error).strip()
-    if isinstance(error, MemoryError) or "memory" in text and ("lloc" in text or "ut of memory" in text):
+    said = text.lower()
+    if isinstance(error, MemoryError) or "memory" in said and any(word in said for word in ("alloc", "enough", "out of")):
         return f"{what}: not enough memory; use a smaller picture or batch, or load the model with precision float16."
     first = text.splitlines()[0].strip() if text else "no reason given"
     return f"{what}: {type(error).__name__}: {first}"

@@ -13,11 +13,12 @@ import sys
 import types
 import warnings
 
-BARE = ("mindone", "mindone.diffusers.loaders", "mindone.diffusers.loaders.single_file_model", "mindone.diffusers.models.unets",
-        "mindone.diffusers.models.autoencoders", "mindone.diffusers.models.transformers")
+BARE = ("mindone", "mindone.diffusers.loaders", "mindone.diffusers.loaders.single_file_model",
+        *(f"mindone.diffusers.models.{kind}" for kind in ("unets", "autoencoders", "transformers")))
 UNET = "mindone.diffusers.models.unets.unet_2d_condition"
 VAE = "mindone.diffusers.models.autoencoders.autoencoder_kl"
 ATTENTION = "mindone.diffusers.models.attention_processor"
+ACTIVATIONS = "mindone.diffusers.models.activations"
 
 
 class Bare(types.ModuleType):
@@ -30,7 +31,7 @@ class Bare(types.ModuleType):
 
 
 def mindone() -> types.SimpleNamespace:
-    """The classes UNet2DConditionModel, AutoencoderKL and Attention. Raises RuntimeError if mindone cannot be imported."""
+    """The classes UNet2DConditionModel, AutoencoderKL, Attention and GEGLU. Raises RuntimeError without a mindone."""
     _hush()
     bare = [name for name in BARE if name not in sys.modules]
     try:
@@ -50,9 +51,9 @@ def mindone() -> types.SimpleNamespace:
 
 
 def _classes() -> types.SimpleNamespace:
-    unet, vae, attention = (importlib.import_module(name) for name in (UNET, VAE, ATTENTION))
+    unet, vae, attention, activations = map(importlib.import_module, (UNET, VAE, ATTENTION, ACTIVATIONS))
     return types.SimpleNamespace(UNet2DConditionModel=unet.UNet2DConditionModel, AutoencoderKL=vae.AutoencoderKL,
-                                 Attention=attention.Attention)
+                                 Attention=attention.Attention, GEGLU=activations.GEGLU)
 
 
 def _hush() -> None:

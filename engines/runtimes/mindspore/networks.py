@@ -60,8 +60,8 @@ def convert(values: np.ndarray, source: str, target: str, name: str = "") -> Ten
     that float16 cannot hold.
     """
     if source == "bfloat16":
-        wide = np.empty(values.shape, np.uint32)
-        np.left_shift(values, 16, out=wide, casting="unsafe")
+        wide = values.astype(np.uint32)
+        wide <<= 16
         values = wide.view(np.float32)
     if target == "bfloat16":        # numpy has none: MindSpore rounds, to nearest as torch does
         return Tensor.from_numpy(values.astype(np.float32, copy=False)).astype(ms.bfloat16)
@@ -69,7 +69,7 @@ def convert(values: np.ndarray, source: str, target: str, name: str = "") -> Ten
         narrow = values.astype(target, copy=False)
     if narrow.dtype.itemsize < values.dtype.itemsize and np.isinf(narrow).any():
         raise RuntimeError(f"'{name}' holds values that float16 cannot: load the model with precision float32 or bfloat16.")
-    return Tensor.from_numpy(narrow)
+    return Tensor.from_numpy(np.ascontiguousarray(narrow))
 
 
 class Weights(dict):
@@ -91,22 +91,24 @@ def build(kind: type, config: Mapping[str, object]) -> nn.Cell:
     return net
 
 
+def named_parameters(net: nn.Cell) -> dict[str, ms.Parameter]:
+    """The parameters of a network of mindone's by diffusers' names; one that is in two places has two."""
+    return {_diffusers_name(f"{path}.{own}", cell): parameter
+            for path, cell in net.cells_and_names() for own, parameter in cell._params.items()}
+
+
 def fill(net: nn.Cell, parameters: Iterable[Parameter], precision: str) -> None:
     """Give every parameter of `net` its values, one at a time: what is being converted is all that exists twice.
 
     Raises RuntimeError if the checkpoint lacks one, has one too many, or one of another shape.
     """
-    empty = {}
-    for path, cell in net.cells_and_names():
-        for own, parameter in cell._params.items():
-            empty[_diffusers_name(f"{path}.{own}", cell)] = parameter
+    empty = named_parameters(net)
     filled = set()
     for given in parameters:
         parameter = empty.get(given.name)
-        if parameter is None:
-            raise RuntimeError(f"The checkpoint has '{given.name}', which this network does not.")
-        if tuple(parameter.shape) != tuple(given.shape):
-            raise RuntimeError(f"'{given.name}' is {list(given.shape)} in the checkpoint and {list(parameter.shape)} here.")
+        if parameter is None or tuple(parameter.shape) != tuple(given.shape):
+            has = "no such parameter" if parameter is None else f"{list(parameter.shape)} for it"
+            raise RuntimeError(f"The checkpoint has '{given.name}' of {list(given.shape)} and mindone's network has {has}.")
         parameter.requires_grad = False
         parameter.set_dtype(DTYPES[precision])
         parameter.set_data(convert(given.read(), given.dtype, precision, given.name))
@@ -146,16 +148,18 @@ class TextEncoder(Network):
             raise RuntimeError(f"The {title} uses '{config['hidden_act']}', and CLIP's are gelu and quick_gelu.")
 
     def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
-        """ids (B, n) integers, layer (1,): 0 for the last hidden state with the final norm, -1 for it without, -2 for
-        the one before the last layer, ... -> hidden (B, n, width), pooled (B, width, or that of the projection)."""
+        """ids (B, n) integers, layer (1,) -> hidden (B, n, width), pooled (B, its width or the projection's).
+
+        layer: -1 the output of the last layer, -2 of the one before, ...; 0 the last one's with the final norm.
+        """
         ids, layer = feeds["ids"].array, int(feeds["layer"].array.reshape(-1)[0])
         layers, rows, longest = (int(self.config[key]) for key in
                                  ("num_hidden_layers", "vocab_size", "max_position_embeddings"))
         if ids.ndim != 2 or not 0 < ids.shape[1] <= longest:
-            raise RuntimeError(f"The {self.title} takes up to {longest} tokens a row and was given an array of {ids.shape}.")
-        if ids.min() < 0 or ids.max() >= rows:
-            raise RuntimeError(f"A token id of {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the {self.title}'s "
-                               f"vocabulary of {rows} ids.")
+            raise RuntimeError(f"The {self.title} takes at most {longest} tokens a row, not {ids.shape}.")
+        wrong = ids[(ids < 0) | (ids >= rows)]
+        if wrong.size:
+            raise RuntimeError(f"A token id of {wrong[0]} is outside the vocabulary of {rows} ids of the {self.title}.")
         if not -layers <= layer <= 0:
             raise RuntimeError(f"The {self.title} has {layers} layers and was asked for the one at {layer}.")
         states = self._embed(ids)
@@ -174,7 +178,7 @@ class TextEncoder(Network):
         return {"hidden": on_host(last if layer == 0 else hidden), "pooled": on_host(pooled)}
 
     def _embed(self, ids: np.ndarray) -> Tensor:
-        tokens, positions = (self.weights[f"text_model.embeddings.{name}_embedding.weight"] for name in ("token", "position"))
+        tokens, positions = (self.weights[f"text_model.embeddings.{of}_embedding.weight"] for of in ("token", "position"))
         return mint.nn.functional.embedding(Tensor(ids.astype(np.int32)), tokens) + positions[:ids.shape[1]]
 
     @staticmethod
@@ -233,58 +237,63 @@ class UNet(Network):
         return on_host(out)
 
     def check(self, latent: np.ndarray, timestep: np.ndarray, context: np.ndarray, y: np.ndarray) -> None:
-        channels = self.config["in_channels"]
+        """Raise RuntimeError unless the shapes are what this U-Net takes: its layers would fail in words of their own."""
+        channels, width, vector = (self.config[key] for key in ("in_channels", "cross_attention_dim",
+                                                               "projection_class_embeddings_input_dim"))
         if latent.ndim != 4 or latent.shape[1] != channels or 0 in latent.shape:
             raise RuntimeError(f"The U-Net takes latents (rows, {channels}, height, width) and was given {latent.shape}.")
-        rows = len(latent)
-        width, vector = self.config["cross_attention_dim"], self.config["projection_class_embeddings_input_dim"]
-        if context.ndim != 3 or context.shape[2] != width:
-            raise RuntimeError(f"The conditioning is {context.shape[-1]} wide and this U-Net takes {width}: use the text "
-                               "encoders that belong to it.")
-        if y.ndim != 2 or y.shape[1] != vector:
-            raise RuntimeError(f"The pooled output with the sizes is {y.shape[-1]} wide and this U-Net takes {vector}: use the "
-                               "text encoders that belong to it.")
-        if not (len(context) == len(y) == timestep.size == rows) or timestep.ndim != 1:
-            raise RuntimeError(f"The latent has {rows} rows, the timestep {timestep.shape}, the conditioning {len(context)} and "
-                               f"its vector {len(y)}: they must be as many.")
+        for what, array, rank, wanted in (("conditioning", context, 3, width), ("vector", y, 2, vector)):
+            if array.ndim != rank or array.shape[-1] != wanted or 0 in array.shape:
+                raise RuntimeError(f"The {what} is {array.shape} and this U-Net takes {wanted} numbers a row: use the text "
+                                   "encoders that belong to it.")
+        if timestep.ndim != 1 or not len(timestep) == len(context) == len(y) == len(latent):
+            raise RuntimeError(f"The latent has {len(latent)} rows, the timestep {timestep.size}, the conditioning "
+                               f"{len(context)} and its vector {len(y)}: they must be as many.")
 
 
 # -- VAE -----------------------------------------------------------------------------------------------------------
-class VaeDecoder(Network):
-    title = "VAE decoder"
-    inputs = ("latent",)
+class VaeHalf(Network):
+    title = result = ""
 
-    def __init__(self, vae: nn.Cell):
-        self.vae, self.channels = vae, vae.config["latent_channels"]
-
-    def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
-        """latent (B, C, h, w), not scaled -> image (B, 3, 8h, 8w), about -1 to 1."""
-        latent = feeds["latent"].array
-        if latent.ndim != 4 or latent.shape[1] != self.channels or 0 in latent.shape:
-            raise RuntimeError(f"The VAE decodes latents (rows, {self.channels}, height, width) and was given {latent.shape}.")
-        z = feeds["latent"].tensor(ms.float32)
-        if self.vae.post_quant_conv is not None:
-            z = self.vae.post_quant_conv(z)
-        return {"image": on_host(self.vae.decoder(z))}
-
-
-class VaeEncoder(Network):
-    title = "VAE encoder"
-    inputs = ("image",)
-
-    def __init__(self, vae: nn.Cell):
-        self.vae, self.channels = vae, vae.config["in_channels"]
+    def __init__(self, vae: nn.Cell, channels: int):
+        self.vae, self.channels = vae, channels
 
     def run(self, feeds: Mapping[str, Input]) -> dict[str, np.ndarray]:
-        """image (B, 3, H, W), -1 to 1, sides multiples of 8 -> latent (B, C, H/8, W/8): the mean, not scaled."""
-        image = feeds["image"].array
-        if image.ndim != 4 or image.shape[1] != self.channels or 0 in image.shape or any(s % FACTOR for s in image.shape[2:]):
-            raise RuntimeError(f"The VAE encodes pictures (rows, {self.channels}, height, width) with sides that are multiples of "
-                               f"{FACTOR}, and was given {image.shape}.")
-        moments = self.vae.encoder(feeds["image"].tensor(ms.float32))
-        if self.vae.quant_conv is not None:
-            moments = self.vae.quant_conv(moments)
-        return {"latent": on_host(moments)[:, :moments.shape[1] // 2]}
+        """(B, channels, height, width) -> the same rank; see `compute`."""
+        given = feeds[self.inputs[0]]
+        shape = given.array.shape
+        if len(shape) != 4 or shape[1] != self.channels or 0 in shape:
+            raise RuntimeError(f"The {self.title} takes (rows, {self.channels}, height, width) and was given {shape}.")
+        self.check_size(*shape[2:])
+        return {self.result: self.compute(given.tensor(ms.float32))}
+
+    def check_size(self, height: int, width: int) -> None:
+        pass
+
+    def compute(self, x: Tensor) -> np.ndarray:
+        raise NotImplementedError
+
+
+class VaeDecoder(VaeHalf):
+    title, inputs, result = "VAE decoder", ("latent",), "image"
+
+    def compute(self, x: Tensor) -> np.ndarray:
+        """Latent (B, C, h, w), not scaled -> picture (B, 3, 8h, 8w), about -1 to 1."""
+        return on_host(self.vae.decoder(x if self.vae.post_quant_conv is None else self.vae.post_quant_conv(x)))
+
+
+class VaeEncoder(VaeHalf):
+    title, inputs, result = "VAE encoder", ("image",), "latent"
+
+    def check_size(self, height: int, width: int) -> None:
+        if height % FACTOR or width % FACTOR:
+            raise RuntimeError(f"The VAE encodes pictures with sides that are multiples of {FACTOR}, not {width}x{height}.")
+
+    def compute(self, x: Tensor) -> np.ndarray:
+        """Picture (B, 3, H, W), -1 to 1 -> latent (B, C, H/8, W/8), the mean, not scaled."""
+        moments = self.vae.encoder(x)
+        moments = on_host(moments if self.vae.quant_conv is None else self.vae.quant_conv(moments))
+        return np.ascontiguousarray(moments[:, :moments.shape[1] // 2])
 
 
 def vae_halves(config: Mapping[str, object], parameters: Iterable[Parameter]) -> tuple[VaeDecoder, VaeEncoder]:
@@ -292,7 +301,7 @@ def vae_halves(config: Mapping[str, object], parameters: Iterable[Parameter]) ->
     vae = build(mindone().AutoencoderKL, config)
     fill(vae, parameters, "float32")
     keep_precision(vae, "float32")
-    return VaeDecoder(vae), VaeEncoder(vae)
+    return VaeDecoder(vae, config["latent_channels"]), VaeEncoder(vae, config.get("in_channels", 3))
 
 
 def keep_precision(net: nn.Cell, precision: str) -> None:

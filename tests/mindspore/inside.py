@@ -1,0 +1,92 @@
+"""What tests run in MindSpore's interpreter, where there is no torch: arrays in, arrays out, through .npz files."""
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def kernels(arrays: dict[str, np.ndarray], cases: dict) -> dict[str, np.ndarray]:
+    """Each case (kernel, arrays, keywords, keywords that are arrays) on "case/0", ... and "case/keyword" -> "case"."""
+    from mindspore import Tensor, mint, set_device
+
+    set_device("CPU")
+    before = (mint.nn.functional.linear, mint.nn.Linear.construct, mint.arange)
+    from engines.runtimes.mindspore import kernels as ours
+    from engines.runtimes.mindspore import networks  # noqa: F401  (what an NPU imports must change nothing either)
+    results = {"untouched": np.array(before == (mint.nn.functional.linear, mint.nn.Linear.construct, mint.arange))}
+    for case, (name, count, keywords, others) in cases.items():
+        wrap = (lambda array: array) if name == "attention" else Tensor
+        result = getattr(ours, name)(*(wrap(arrays[f"{case}/{i}"]) for i in range(count)), **keywords,
+                                     **{key: wrap(arrays[f"{case}/{key}"]) for key in others})
+        results[case] = result if name == "attention" else result.asnumpy()
+    return results
+
+
+def parameters(arrays: dict[str, np.ndarray], models: dict) -> dict[str, np.ndarray]:
+    """Load each model, label: (path, precision), and give every parameter as "label/part/name"; and memory of the last
+    load in bytes: "before", "peak", "after"."""
+    from engines.runtimes.mindspore import Runtime, networks
+
+    runtime, results = Runtime({"target": "cpu"}), {}
+    for label, (path, precision) in models.items():
+        Path("/proc/self/clear_refs").write_text("5")       # the peak is counted from here
+        results["before"] = memory("VmRSS")
+        model = runtime.load(path, precision)
+        results["peak"], results["after"] = memory("VmHWM"), memory("VmRSS")
+        found = runtime.models[model]
+        parts = {part: found[part].weights for part in ("text_encoder", "text_encoder_2")}
+        parts["unet"] = networks.named_parameters(found["unet"].net)
+        parts["vae"] = networks.named_parameters(found["vae_decoder"].vae)
+        for part, given in parts.items():
+            results |= {f"{label}/{part}/{name}": parameter.asnumpy() for name, parameter in given.items()}
+    return results
+
+
+def memory(key: str) -> np.ndarray:
+    return np.array(int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
+
+
+def modules(arrays: dict[str, np.ndarray], moved: bool = False) -> dict[str, np.ndarray]:
+    """The names of the modules that mindone's networks bring; `moved`: as if one of them were elsewhere."""
+    from engines.runtimes.mindspore import modules as ours
+
+    if moved:
+        ours.BARE += ("mindone.diffusers.no_such_package",)
+    assert ours.mindone().UNet2DConditionModel.__name__ == "UNet2DConditionModel"
+    return {"loaded": np.array(sorted(sys.modules))}
+
+
+def starved(arrays: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
+    """Decode a large latent where memory is short: what it "says", and whether a small one is decoded "then"."""
+    import resource
+
+    from engines.runtimes.mindspore import Buffer, Runtime
+    runtime = Runtime({"target": "cpu"})
+    model = runtime.load(path)
+
+    def decode(size: int) -> Buffer:
+        latent, image = runtime.allocate("float32", (1, 4, size, size)), runtime.allocate("float32", ())
+        runtime.write(latent, np.zeros(latent.shape, np.float32).tobytes())
+        runtime.launch(model, "vae_decoder", [("latent", latent)], [("image", image)])
+        return image
+    decode(8)
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory("VmSize")) + (192 << 20),) * 2)
+    try:
+        decode(256)
+        says = ""
+    except RuntimeError as error:
+        says = str(error)
+    return {"says": np.array(says), "then": np.array(np.isfinite(decode(8).array).all())}
+
+
+if __name__ == "__main__":
+    function, where, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    with np.load(where / "in.npz") as file:
+        given = dict(file)
+    np.savez(where / "out.npz", **globals()[function](given, **settings))
