@@ -43,7 +43,7 @@ COMPILED = ("bmodel", "onnx")       # files of networks; "mindspore" takes check
 RUNS = {"bmodel": "bmodel files", "onnx": "onnx files", "mindspore": "SDXL checkpoints on MindSpore"}
 HOW_TO_SIMULATE = "install Sophgo's simulator with 'python tools/install.py simulator' in the pack's folder"
 HOW_TO_MINDSPORE = ("run 'python tools/install.py mindspore' in the pack's folder, or name an interpreter under [mindspore] "
-                    "in the accelerator settings file")
+                    "in the accelerator settings file, without cpu = false")
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ def _mistakes(settings: dict) -> Iterator[str]:
             for key, value in table.items():
                 if type(value) not in KEYS[title][key]:
                     yield f"{where} has {key} = {value!r}, which is not {WORDS[KEYS[title][key]]}"
+                if isinstance(value, (int, float)) and value < 0:
+                    yield f"{where} has {key} = {value!r}, which is below 0"
             if many and (not table.get("name") or table.get("runtime") not in RUNTIME_FORMATS):
                 yield f"{where} needs a 'name' and a 'runtime', one of: {', '.join(RUNTIME_FORMATS)}"
             if many and table.get("target", TARGETS[0]) not in TARGETS:

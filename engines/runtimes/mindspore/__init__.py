@@ -169,14 +169,13 @@ class Runtime:
 
 def check_interpreter() -> None:
     """Say what is missing or too new before MindSpore does so in its own words. Raises RuntimeError."""
-    if importlib.util.find_spec("mindspore") is None:
-        raise RuntimeError(f"MindSpore is not installed in {sys.executable}: {INSTALL}.")
+    for package, name in (("mindspore", "MindSpore"), ("numpy", "numpy"), ("mindone", "mindone")):
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(f"{name} is not installed in {sys.executable}: {INSTALL}.")
     numpy = importlib.metadata.version("numpy")
     if int(numpy.split(".")[0]) >= 2:
         raise RuntimeError(f"MindSpore needs numpy below 2 and {sys.executable} has {numpy}: "
                            f"run '{sys.executable} -m pip install \"numpy<2\"'.")
-    if importlib.util.find_spec("mindone") is None:
-        raise RuntimeError(f"mindone is not installed in {sys.executable}: {INSTALL}.")
 
 
 @contextmanager
