@@ -6,6 +6,7 @@ and feeds the compiled networks exactly what they take: numpy in, numpy out, err
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -33,9 +34,9 @@ class Stage:
         self.engines, self.poll = list(engines), poll
 
     @property
-    def device_bytes(self) -> int:
-        """What the files of this stage take on the device, as they state it."""
-        return sum({engine.path: engine.device_bytes for engine in self.engines}.values())
+    def memory(self) -> dict[Path, int]:
+        """What each file of this stage takes on the device, in bytes."""
+        return {engine.path: engine.device_bytes for engine in self.engines}
 
     @property
     def names(self) -> str:

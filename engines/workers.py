@@ -143,6 +143,10 @@ class Worker:
         return self._compute("perform", file, inputs, {"program": program, "settings": settings},
                              f"performing '{program}'", poll, progress)
 
+    def has(self, file: FileVersion) -> bool:
+        """Whether the process that runs now has `file` loaded."""
+        return self._channel is not None and file in self._models
+
     def unload(self, file: FileVersion) -> None:
         """Free what `file` holds on the device; a later call loads it again. The process ends with its last file."""
         with self._busy():

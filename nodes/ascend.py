@@ -12,6 +12,7 @@ from . import library
 from .adapters import sdxl
 from .adapters.host import one_of, poll, tell
 from .adapters.sampling import COMFY, MAX_SEED, NOISES, Run, sample
+from .adapters.vae import decode, encode
 from .base import CATEGORY, PackNode
 
 FORMAT = "mindspore"         # what the devices must run
@@ -159,7 +160,7 @@ class AscendVAEDecode(PackNode):
 
     @classmethod
     def execute(cls, samples, vae) -> io.NodeOutput:
-        return io.NodeOutput(vae.decode(samples["samples"]))
+        return io.NodeOutput(decode(vae, samples["samples"]))
 
 
 class AscendVAEEncode(PackNode):
@@ -177,7 +178,7 @@ class AscendVAEEncode(PackNode):
 
     @classmethod
     def execute(cls, pixels, vae) -> io.NodeOutput:
-        return io.NodeOutput({"samples": vae.encode(pixels[..., :3])})
+        return io.NodeOutput({"samples": encode(vae, pixels)})
 
 
 def _side(id: str, default: int, tooltip: str) -> io.Int.Input:

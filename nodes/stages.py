@@ -119,7 +119,7 @@ class SophgoVAEEncode(PackNode):
 
     @classmethod
     def execute(cls, pixels, vae, overlap) -> io.NodeOutput:
-        return io.NodeOutput({"samples": encode(vae, pixels[..., :3], overlap)})
+        return io.NodeOutput({"samples": encode(vae, pixels, overlap)})
 
 
 def _overlap() -> io.Int.Input:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +61,15 @@ class Network:
 
     @property
     def device_bytes(self) -> int:
-        """What its parameters take on the device."""
-        half = self.name.removeprefix("vae_") if self.part == "vae" else ""
-        size = ITEM_BYTES[VAE_PRECISION if half else self.precision]
-        return sum(size * math.prod(one.shape) for one in self.checkpoint.parameters(self.part) if half in one.name)
+        """What the next call will take of this machine's memory: the checkpoint's, unless it is loaded or goes elsewhere."""
+        if self.spec.ssh or dict(self.spec.options).get("target") != "cpu" or self.worker.has(self.file):
+            return 0
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> int:
+        return sum(ITEM_BYTES[VAE_PRECISION if part == "vae" else self.precision] * math.prod(one.shape)
+                   for part in PARTS for one in self.checkpoint.parameters(part))
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Mapping[str, tuple[int, ...]],
             resident: Set[str] = frozenset(), poll: Poll = NO_POLL) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import comfy.model_patcher
 import torch
@@ -25,8 +26,9 @@ class Together:
         return ", ".join(dict.fromkeys(stage.names for stage in self.stages))
 
     @property
-    def device_bytes(self) -> int:
-        return sum(stage.device_bytes for stage in self.stages)
+    def memory(self) -> dict[Path, int]:
+        """Of each file once, which several stages may be in."""
+        return {path: size for stage in self.stages for path, size in stage.memory.items()}
 
     def release(self) -> None:
         for stage in self.stages:
@@ -50,6 +52,10 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
     @property
     def stage(self):
         return self.model.stage
+
+    def model_size(self):
+        """What ComfyUI makes room for. 1 at least, since it divides by sizes."""
+        return max(1, sum(self.stage.memory.values()))
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         if strength_patch:
@@ -92,5 +98,4 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
 
 
 def patcher_for(module: torch.nn.Module) -> EnginePatcher:
-    """A patcher that reports what the device holds; 1 at least, since ComfyUI divides by sizes."""
-    return EnginePatcher(module, load_device=CPU, offload_device=CPU, size=max(1, module.stage.device_bytes))
+    return EnginePatcher(module, load_device=CPU, offload_device=CPU)

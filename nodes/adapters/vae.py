@@ -51,7 +51,9 @@ class EngineVAE(comfy.sd.VAE):
         self.vae_dtype = torch.float32
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 1
         self.patcher = patcher_for(self.first_stage_model)
-        self.size = self.patcher.size
+
+    def model_size(self):
+        return self.patcher.model_size()
 
     def get_sd(self):
         stage = self.first_stage_model.stage
@@ -85,15 +87,17 @@ def as_vae(decoder: VAEDecoder | None, encoder: VAEEncoder | None) -> TiledVAE:
     return TiledVAE(decoder, encoder)
 
 
-def decode(vae, samples: torch.Tensor, overlap: int) -> torch.Tensor:
+def decode(vae, samples: torch.Tensor, overlap: int = DEFAULT_OVERLAP) -> torch.Tensor:
     """Latents (B,4,h,w) -> pictures (B,H,W,3) in [0,1] by any VAE; overlap in pixels is for a compiled one's tiles."""
     if isinstance(vae, TiledVAE):
         return vae.decode_tiled(samples, overlap=overlap // VAE_SCALE)
-    return vae.decode(samples)
+    pictures = vae.decode(samples)
+    return pictures.reshape(-1, *pictures.shape[-3:])        # a video's VAE gives frames in a dimension of their own
 
 
-def encode(vae, pixels: torch.Tensor, overlap: int) -> torch.Tensor:
-    """Pictures (B,H,W,3) in [0,1] -> latents (B,4,h,w) by any VAE; overlap in pixels is for a compiled one's tiles."""
+def encode(vae, pixels: torch.Tensor, overlap: int = DEFAULT_OVERLAP) -> torch.Tensor:
+    """Pictures (B,H,W,C) in [0,1] -> latents (B,4,h,w) by any VAE; overlap in pixels is for a compiled one's tiles."""
+    pixels = pixels[..., :3]
     if isinstance(vae, TiledVAE):
         return vae.encode_tiled(pixels, overlap=overlap)
     return vae.encode(pixels)
