@@ -7,9 +7,9 @@ import pytest
 
 from tests.conftest import need
 from tests.helpers import onnx_nets
-from tests.host.graphs import CATS, DOGS, Graph
+from tests.host.graphs import CATS, DOGS, TINY_SDXL, Graph
 from tools.comfyui import Server
-from tools.install import DEMO_ONNX, comfyui
+from tools.install import DEMO_ONNX, MINDSPORE, comfyui
 
 ARITHMETIC = "arithmetic"      # models whose results can be computed by hand, 64x64 and 128x64 pictures
 
@@ -41,3 +41,13 @@ def loaded(graph):
     """(model, positive, negative, clip, vae) in `graph`."""
     model, clip, vae = graph.checkpoint()
     return model, graph.prompt(clip, CATS), graph.prompt(clip, DOGS), clip, vae
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(base):
+    """An SDXL in miniature in models/checkpoints; its networks in torch, to compare with."""
+    need((MINDSPORE / "bin" / "python").exists(), "MindSpore is not installed: run 'python tools/install.py mindspore'")
+    from tests.helpers.sdxl_models import TinySDXL, write_single
+    model = TinySDXL()
+    write_single(model, base / "models" / "checkpoints" / TINY_SDXL)
+    return model

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tools.comfyui import Server, ServerError
 
 ARITHMETIC = "arithmetic"
+TINY_SDXL = "tiny-sdxl.safetensors"        # random weights: tests.helpers.sdxl_models
 CATS, DOGS = "cat " * 30, "dog " * 10      # prompts: each word moves the mean of the arithmetic encoder's answer by 0.012
 
 
@@ -71,6 +72,25 @@ class Graph(dict):
                     "return_with_leftover_noise": "enable"}
         return self.KSamplerAdvanced(model=model, positive=positive, negative=negative, latent_image=latent,
                                      **{**settings, **changes})
+
+    def sdxl(self, name: str = TINY_SDXL, device: str = "auto", precision: str = "auto") -> tuple[Output, Output, Output]:
+        loader = self.AscendLoadSDXL(model_name=name, device=device, precision=precision)
+        return loader[0], loader[1], loader[2]
+
+    def condition(self, clip, prompt: str, negative_prompt: str = "", **changes) -> tuple[Output, Output]:
+        """AscendSDXLConditioner: (positive, negative)."""
+        settings = {"negative_prompt": negative_prompt, "original_width": 64, "original_height": 64, "crop_top": 0,
+                    "crop_left": 0, "target_width": 64, "target_height": 64, "unconditional": "encode"}
+        node = self.AscendSDXLConditioner(clip=clip, prompt=prompt, **{**settings, **changes})
+        return node[0], node[1]
+
+    def sample_sdxl(self, model, positive, negative, latent, **changes) -> Node:
+        """AscendSDXLSampler: what `sample` does, four Euler steps."""
+        settings = {"seed": 1, "steps": 4, "cfg": 5.0, "denoise": 1.0, "sampler_name": "EulerEDM",
+                    "discretization": "LegacyDDPM", "guider": "VanillaCFG", "s_churn": 0.0, "s_tmin": 0.0, "s_tmax": 999.0,
+                    "s_noise": 1.0, "snap_sigmas": True, "noise": "comfy"}
+        return self.AscendSDXLSampler(model=model, positive=positive, negative=negative, latent_image=latent,
+                                      **{**settings, **changes})
 
     def picture(self, model_name: str = ARITHMETIC, positive: str = CATS, negative: str = DOGS,
                 device: str = "auto", size: tuple[int, int] = (64, 64), **sampling) -> Node:
