@@ -43,12 +43,13 @@ def running_node() -> str:
     return ""
 
 
-def node_with(thing: object) -> str:
-    """The id of the node whose class has the code of a function or object, empty if it is in none."""
+def maker(thing: object) -> str:
+    """The node that put a function or object into a model, told by the class its code is in, to begin a sentence with."""
     from nodes import NODE_CLASS_MAPPINGS
     thing = getattr(thing, "func", thing)      # of functools.partial
     name = getattr(thing, "__qualname__", type(thing).__qualname__).split(".")[0]
-    return next((id for id, node in NODE_CLASS_MAPPINGS.items() if node.__name__ == name), "")
+    ids = (id for id, node in NODE_CLASS_MAPPINGS.items() if node.__name__ == name)
+    return next(ids, f"A node before this one ({name})")
 
 
 def _server():

@@ -9,6 +9,7 @@ import torch
 from ...engines.errors import EngineError
 from ...engines.roles import FAMILIES, INPAINT_CHANNELS, LATENT_CHANNELS
 from ...engines.stages import SizeError, Stage, UNet
+from .host import maker
 from .patcher import CPU, EnginePatcher, patcher_for
 
 SD1_CHANNELS = 320       # of the first block of an SD 1.x U-Net; FreeU and its kind reckon with it
@@ -40,9 +41,12 @@ class EngineUNet(torch.nn.Module):
         return ()
 
     def refuse_patches(self, options: dict) -> None:
-        names = [name for kind in ("patches", "patches_replace") for name, value in options.get(kind, {}).items() if value]
-        if names:
-            raise EngineError(f"A node before this one patches the U-Net's inside ({', '.join(sorted(names))}) and "
+        patches = {name: patch for kind in ("patches", "patches_replace") for name, patch in options.get(kind, {}).items()
+                   if patch}
+        if patches:
+            first = next(iter(patches.values()))       # a list of functions, or a dict of them by block
+            function = next(iter(first.values() if isinstance(first, dict) else first))
+            raise EngineError(f"{maker(function)} patches the U-Net's inside ({', '.join(sorted(patches))}) and "
                               f"{self.stage.names} {self.stage.nature}: its inside is fixed. Remove that node (FreeU, ToMe, "
                               "IPAdapter and their kind).")
 

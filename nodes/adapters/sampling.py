@@ -22,7 +22,7 @@ from ...engines.errors import EngineError
 from ...engines.roles import VAE_SCALE
 from ...engines.sdxl.samplers import GUIDERS, SAMPLERS, Options, noise_count
 from ...engines.sdxl.schedules import DISCRETIZATIONS, from_pure_noise, schedule
-from .host import node_with, one_of
+from .host import maker, one_of
 from .model import as_array
 from .sdxl import HOW_TO_CONDITION, SDXLModel
 from .stepping import TRACE
@@ -91,10 +91,6 @@ class NumpyNoise:
 def refuse(what: str) -> EngineError:
     return EngineError(f"{what}, and AscendSDXLSampler takes all steps on the device, where that node is not: remove it, or "
                        "use KSampler, which takes the same MODEL.")
-
-
-def maker(thing: object) -> str:
-    return node_with(thing) or "A node before this one"
 
 
 def check_model(model) -> None:

@@ -166,42 +166,61 @@ def test_zeros_are_what_zeroing_gives(server, graph, sdxl):
 
 # -- text encoders and VAE, beside torch ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def clip(base, tiny_sdxl):
-    """The CLIP of the tiny model, made in this process."""
+def clips(base, tiny_sdxl):
+    """The CLIP of the tiny model, and ComfyUI's own with the same weights, both made in this process."""
     path = list(sys.path)                # ComfyUI's folder holds names like `utils`
     adapters, library = load_pack("nodes.adapters.sdxl"), load_pack("nodes.library")
     stages, checkpoint = load_pack("engines.sdxl.stages"), load_pack("engines.sdxl.checkpoint")
     file = checkpoint.open_checkpoint(base / "models" / "checkpoints" / TINY_SDXL)
-    yield adapters.as_clip(stages.open_sdxl(file, library.devices().choose_worker("mindspore", "cpu")), [])
+    ours = adapters.as_clip(stages.open_sdxl(file, library.devices().choose_worker("mindspore", "cpu")), [])
+    yield ours, stock_clip(tiny_sdxl)
     load_pack("engines.workers").Worker.close_all()
     sys.path[:] = path
 
 
-def hidden_states(tiny_sdxl, tokens: dict, layer: int, normed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SDXL's two encoders give for ComfyUI's tokens, without weights: context (1,77n,D), pooled (1,P)."""
-    contexts, pooled = [], None
-    for encoder, name in ((tiny_sdxl.text_encoder, "l"), (tiny_sdxl.text_encoder_2, "g")):
-        out = encoder(torch.tensor([[token for token, _ in section] for section in tokens[name]]), output_hidden_states=True)
-        states = out.hidden_states[layer]
-        if normed:
-            states = out.last_hidden_state
-        contexts.append(states.flatten(0, 1)[None])
-        pooled = out.text_embeds[:1] if name == "g" else None
-    return torch.cat(contexts, -1), pooled
+def stock_clip(tiny_sdxl):
+    import comfy.sd
+    from comfy import sdxl_clip
+    from comfy.supported_models_base import ClipTarget
+    parts = {"l": "text_encoder", "g": "text_encoder_2"}
+    layers = tiny_sdxl.text_encoder.config.num_hidden_layers
+    configs = {f"clip_{name}_model_config": getattr(tiny_sdxl, part).config.to_dict() for name, part in parts.items()}
+    configs["clip_l_model_config"]["num_hidden_layers"] = layers + 1        # one more, since it wants three
+    clip = comfy.sd.CLIP(ClipTarget(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel),
+                         model_options={**configs, "dtype": torch.float32})
+    first = clip.cond_stage_model.clip_l
+    first.num_layers = layers
+    del first.transformer.text_model.encoder.layers[layers]
+    for name, part in parts.items():
+        getattr(clip.cond_stage_model, f"clip_{name}").load_sd(tiny_sdxl.state(part))
+    return clip
 
 
-@pytest.mark.parametrize(("skip", "layer"), [(None, -2), (-1, -1), (-2, -2), (-24, None)])
-@pytest.mark.parametrize("text", ["a cat on a mat", "a very long prompt, " * 40])
-def test_text_encoders_are_torch_s(tiny_sdxl, clip, text, skip, layer):
-    clip = clip.clone()
-    if skip is not None:
-        clip.clip_layer(skip)
-    tokens = clip.tokenize(text)
-    (context, options), = clip.encode_from_tokens_scheduled(tokens)
-    wanted, pooled = hidden_states(tiny_sdxl, tokens, layer or -1, normed=layer is None)
-    assert context.shape == (1, 77 * len(tokens["g"]), 192) and len(tokens["g"]) == (3 if "long" in text else 1)
-    torch.testing.assert_close(context, wanted, rtol=0, atol=1e-4)
-    torch.testing.assert_close(options["pooled_output"], pooled, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("skip", [None, -1, -2, -3, -24])
+@pytest.mark.parametrize("text", [CAT, "", "a (very:0.3) long prompt, " * 40], ids=["weights", "empty", "long"])
+def test_clip_is_stock_s(clips, text, skip):
+    """Sections, weights and layers; from -3 on the first encoder has none left, and both take the last one, normed."""
+    results = []
+    for clip in clips:
+        clip = clip.clone()
+        if skip is not None:
+            clip.clip_layer(skip)
+        (context, options), = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        results.append((context, options["pooled_output"]))
+    for ours, stock in zip(*results):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    assert results[0][0].shape == (1, 77 * (3 if "long" in text else 1), 192)
+
+
+@pytest.mark.parametrize("unconditional", ["encode", "zeros"])
+def test_conditioner_takes_stock_clips(clips, unconditional):
+    sizes = {"width": 100, "height": 80, "crop_w": 8, "crop_h": 16, "target_width": 64, "target_height": 72}
+    conditions = load_pack("nodes.adapters.sdxl").conditions
+    ours, stock = (conditions(clip, CAT, "" if unconditional == "zeros" else DOG, sizes, unconditional) for clip in clips)
+    for (mine,), (theirs,) in zip(ours, stock):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+        assert sizes.items() <= mine[1].items() and (mine[0].any() or unconditional == "zeros")
+    assert bool(ours[1][0][0].any()) is bool(ours[1][0][1]["pooled_output"].any()) is (unconditional == "encode")
 
 
 def test_vae_is_torch_s(server, base, graph, tiny_sdxl, sdxl):
