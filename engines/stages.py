@@ -28,7 +28,8 @@ class Stage:
     # What a node is told that wants to change the networks: "... is compiled: its weights are fixed; or apply it ...".
     nature = "is compiled"
     instead = "apply it before compiling"
-    overflow = "compile it as BF16 or F32"       # what to do where half precision gives NaN
+    # Why it may give NaN, and what to do.
+    overflow = "half precision overflows in some networks, compile it as BF16 or F32"
 
     def __init__(self, engines: Sequence[Engine], poll: Poll = NO_POLL):
         self.engines, self.poll = list(engines), poll
@@ -59,8 +60,7 @@ class Stage:
         if np.isfinite(array).all():
             return array
         what = "NaN" if np.isnan(array).any() else "infinite values"
-        raise EngineError(f"The {self.title} in {engine.path.name} returned {what}{context}: half precision overflows in "
-                          f"some networks, {self.overflow}.")
+        raise EngineError(f"The {self.title} in {engine.path.name} returned {what}{context}: {self.overflow}.")
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

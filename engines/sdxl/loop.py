@@ -162,7 +162,8 @@ class Denoiser:
             if not np.isfinite(prediction).all():
                 what = "NaN" if np.isnan(prediction).any() else "infinite values"
                 raise EngineError(f"The U-Net returned {what}{self._where()}: half precision overflows in some networks, "
-                                  "load the model with precision float32 or bfloat16.")
+                                  "load the model with precision float32 or bfloat16, and if it has that, its file is "
+                                  "damaged.")
             for one, crop, noise in zip(members, crops, np.split(prediction, len(members))):
                 sums[one.positive][one.area] += (crop - noise * level) * one.weight
                 weights[one.positive][one.area] += one.weight

@@ -102,7 +102,8 @@ def _feeds(arrays: Mapping[str, np.ndarray], resident: Set[str]) -> list[Feed]:
 class SDXLStage(Stage):
     nature = "runs on MindSpore, out of ComfyUI's reach"
     instead = "apply it to a stock checkpoint and load the file that CheckpointSave makes of it"
-    overflow = "load it with precision float32 or bfloat16"
+    overflow = ("half precision overflows in some networks, load it with precision float32 or bfloat16, and if it has that, "
+                "its file is damaged")
 
     def __init__(self, network: Network, poll: Poll = NO_POLL):
         super().__init__([network], poll)
@@ -183,6 +184,7 @@ class UNet(SDXLStage):
 
 class VAEHalf(SDXLStage):
     given = wanted = ""             # the worker's names of what goes in and what comes out
+    overflow = f"it computes in {VAE_PRECISION}, so its file is damaged, or what it was given is far from what it knows"
 
     def __init__(self, network: Network, poll: Poll = NO_POLL):
         super().__init__(network, poll)
@@ -190,6 +192,9 @@ class VAEHalf(SDXLStage):
 
     def _one_by_one(self, arrays: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """`shape` of each result, batch left out. A call a picture: the activations of a large one are gigabytes."""
+        if not np.isfinite(arrays).all():
+            raise EngineError(f"The {self.title} in {self.names} was given NaN or infinite values in its {self.given}: look "
+                              "at the nodes before it.")
         rows = [self.network.run({self.given: row[None]}, {self.wanted: (1, *shape)}, poll=self.poll)[0] for row in arrays]
         return self._finite(np.concatenate(rows), self.network)
 
