@@ -7,6 +7,10 @@
       parts        every parameter that a config asks for, with its shape
       families     which other model a file is, to say so
       tensors      one tensor in a file
+    schedules      noise levels
+    samplers       from level to level
+    loop           a whole run: conditions, guidance, masks, progress
+    stages         text encoders, U-Net, VAE halves as the host calls them; the only one that the worker does not import
 
 What is here is also sent to the worker as source and runs there: Python 3.9 or later, numpy, the standard library.
 """
