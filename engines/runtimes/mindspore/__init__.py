@@ -6,6 +6,7 @@ program is "sample", a whole sampling run (engines.sdxl.loop). mindone is import
 """
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -98,8 +99,8 @@ class Runtime:
             checkpoint = open_checkpoint(Path(path))
             checkpoint.require(*PARTS)
             if self.target == "cpu":
-                from . import kernels
-                kernels.install_layers(networks.mindone().Attention, networks.mindone().GEGLU)
+                from . import layers
+                layers.install(networks.mindone())
             config, parameters = checkpoint.configs, checkpoint.parameters
             model = {part: networks.TextEncoder(config[part], parameters(part), precision, title)
                      for part, title in (("text_encoder", "first text encoder"), ("text_encoder_2", "second text encoder"))}
@@ -114,6 +115,9 @@ class Runtime:
 
     def unload(self, model: int) -> None:
         del self.models[model]
+        gc.collect()            # layers know their parents, so that counting references alone keeps them
+        if self.target == "ascend":
+            self.mindspore.runtime.empty_cache()        # a freed tensor stays in MindSpore's pool otherwise
 
     # -- arrays ------------------------------------------------------------------------------------------------
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:

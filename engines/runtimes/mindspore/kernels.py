@@ -1,12 +1,15 @@
 """What MindSpore's CPU back end lacks or does slowly, for the networks of SDXL. An NPU never sees any of it.
 
 Many `mint` operators, which mindone is written in, are registered for Ascend only. Here they are numpy, with MindSpore's
-own matrix product (oneDNN) where a product is large; tensors and arrays share their memory on the CPU, so that going
-from one to the other costs microseconds. 3x3 convolutions exist on the CPU but take the reference path, about a hundred
-times slower than a product; they become products of patches (im2col), a band of rows at a time so that memory stays bounded.
+own matrix product (oneDNN) where a product is large. 3x3 convolutions exist on the CPU but take a reference path, over a
+hundred times slower than a product; they become products of patches (im2col), a band of rows at a time so that memory
+stays bounded.
 
 Everything computes in float32. Weights may be kept in float16, half the memory, and are widened when used: MindSpore's
 own half-precision products are an order of magnitude slower.
+
+First come functions over arrays, which write to what they made themselves and never to what they were given; then the
+operators of `mint` over tensors; `layers` has mindone's layers made of both.
 """
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore import dtype as mstype
 
-BAND_BYTES = 4 << 20        # of patches, or of attention weights, in memory at once; larger bands are not faster
+BAND_BYTES = 4 << 20        # of a convolution's patches at a time; larger bands are not faster
+WEIGHT_BYTES = 16 << 20     # of attention weights at a time
 SMALL_PRODUCT = 300_000     # multiplications below which numpy is done before MindSpore has begun
 CACHED = 1 << 15            # elements that stay in the first caches through many passes
 
@@ -30,92 +34,93 @@ _softmax = ops.Softmax(-1)
 
 # -- between tensors and arrays ------------------------------------------------------------------------------------
 def array(tensor: Tensor) -> np.ndarray:
-    """The float32 array of a tensor: its own memory if it is float32, widened otherwise."""
-    if tensor.dtype == mstype.float32:
-        return tensor.asnumpy()
-    return _widened(tensor).asnumpy()
+    """The float32 array of a tensor: its own memory if it is float32, widened otherwise.
 
-
-def constant(parameter: Tensor) -> np.ndarray:
-    """The same for a parameter, remembered: the way from a tensor to its memory is 30 microseconds long."""
-    if parameter.dtype != mstype.float32:
-        return array(parameter)
-    kept = getattr(parameter, "seen_as_array", None)
+    What has been an array once remembers it: MindSpore's way from a tensor to its memory takes 40 microseconds.
+    """
+    if tensor.dtype != mstype.float32:
+        return _widened(tensor).asnumpy()
+    kept = getattr(tensor, "seen_as_array", None)
     if kept is None:
-        kept = parameter.seen_as_array = parameter.asnumpy()
+        kept = tensor.seen_as_array = tensor.asnumpy()
     return kept
+
+
+def tensor(values: np.ndarray) -> Tensor:
+    """A tensor of the same memory."""
+    values = np.ascontiguousarray(values)
+    made = Tensor.from_numpy(values)
+    if values.dtype == np.float32:
+        made.seen_as_array = values
+    return made
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == mstype.float32 else ops.cast(tensor, mstype.float32)
 
 
-def tensor(values: np.ndarray) -> Tensor:
-    return Tensor.from_numpy(np.ascontiguousarray(values))
-
-
 # -- products ------------------------------------------------------------------------------------------------------
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., inputs), weight (outputs, inputs), bias (outputs,) -> (..., outputs)."""
-    flat = array(x).reshape(-1, x.shape[-1])
-    if flat.size * weight.shape[0] < SMALL_PRODUCT:
-        y = flat @ constant(weight).T
-    else:
-        y = _product_t(tensor(flat), _widened(weight)).asnumpy()
-    if bias is not None:
-        y += constant(bias)
-    return tensor(y.reshape(*x.shape[:-1], weight.shape[0]))
-
-
-def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The product of two matrices."""
     if a.size * b.shape[1] < SMALL_PRODUCT:
         return a @ b
     return _product(tensor(a), tensor(b)).asnumpy()
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    """x (N, C, H, W), weight (O, C, kh, kw) -> (N, O, H', W'), as torch.nn.functional.conv2d with one group.
+def transformed(x: np.ndarray, weight: Tensor, bias: Tensor | None = None) -> np.ndarray:
+    """x (..., inputs), weight (outputs, inputs), bias (outputs,) -> x weight' + bias (..., outputs)."""
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.size * weight.shape[0] < SMALL_PRODUCT:
+        y = flat @ array(weight).T
+    else:
+        y = _product_t(tensor(flat), _widened(weight)).asnumpy()
+    if bias is not None:
+        y += array(bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
-    stride, padding and dilation are a number or (vertical, horizontal). Patches of a band of output rows are gathered and
-    multiplied by the weights at once. Raises RuntimeError for more groups or a padding by name.
-    """
-    if groups != 1 or isinstance(padding, str):
-        raise RuntimeError("This convolution has groups or a named padding, which the CPU kernels do not do.")
-    (sh, sw), (ph, pw), (dh, dw) = _pair(stride), _pair(padding), _pair(dilation)
+
+def convolved(x: np.ndarray, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1),
+              padding: tuple[int, int] = (1, 1), dilation: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """x (N, C, H, W), weight (O, C, kh, kw), pairs (vertical, horizontal) -> (N, O, H', W')."""
+    (sh, sw), (ph, pw), (dh, dw) = stride, padding, dilation
     n, c, h, w = x.shape
     o, _, kh, kw = weight.shape
     rows, columns = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-    source, kernel = array(x), constant(weight).reshape(o, -1)
-    if ph or pw:
-        padded = np.zeros((n, c, h + 2 * ph, w + 2 * pw), np.float32)
-        padded[:, :, ph:ph + h, pw:pw + w] = source
-        source = padded
-    out = np.empty((n, o, rows, columns), np.float32)
-    band = min(rows, max(1, BAND_BYTES // (4 * c * kh * kw * columns)))
-    patches = np.empty((c, kh, kw, band, columns), np.float32)
+    kernel, out = array(weight).reshape(o, -1), np.empty((n, o, rows, columns), np.float32)
+    whole = (kh, kw, sh, sw, ph, pw) == (1, 1, 1, 1, 0, 0)      # nothing to gather
+    band = rows if whole else min(rows, max(1, BAND_BYTES // (4 * c * kh * kw * columns)))
     for sample in range(n):
         for top in range(0, rows, band):
             count = min(band, rows - top)
-            view = patches if count == band else np.empty((c, kh, kw, count, columns), np.float32)
-            for i in range(kh):
-                first = top * sh + i * dh
-                for j in range(kw):
-                    view[:, i, j] = source[sample, :, first:first + (count - 1) * sh + 1:sh,
-                                           j * dw:j * dw + (columns - 1) * sw + 1:sw]
-            part = _times(kernel, view.reshape(c * kh * kw, count * columns))
+            if whole:
+                patches = x[sample]
+            else:
+                patches = np.empty((c, kh, kw, count, columns), np.float32)
+                strip = _strip(x[sample], top * sh - ph, (count - 1) * sh + dh * (kh - 1) + 1, pw)
+                for i in range(kh):
+                    for j in range(kw):
+                        patches[:, i, j] = strip[:, i * dh:i * dh + (count - 1) * sh + 1:sh,
+                                                 j * dw:j * dw + (columns - 1) * sw + 1:sw]
+            part = times(kernel, patches.reshape(kernel.shape[1], -1))
+            if bias is not None:
+                part += array(bias)[:, None]
             out[sample, :, top:top + count] = part.reshape(o, count, columns)
-    if bias is not None:
-        out += constant(bias)[:, None, None]
-    return tensor(out)
+    return out
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+def _strip(image: np.ndarray, top: int, count: int, sides: int) -> np.ndarray:
+    """`count` rows of image (C, H, W) from `top` on, with zeros where there are none and `sides` columns of them around."""
+    c, h, w = image.shape
+    first, last = max(top, 0), min(top + count, h)
+    if not sides and (first, last) == (top, top + count):
+        return image[:, first:last]
+    strip = np.zeros((c, count, w + 2 * sides), np.float32)
+    strip[:, first - top:last - top, sides:sides + w] = image[:, first:last]
+    return strip
 
 
-def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """query (B, L, H, d), key and value (B, S, H, d) -> (B, L, H, d): softmax(q k / sqrt(d) + mask) v, mask (L, S).
+def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """query (B, L, H, d), key and value (B, S, H, d) -> (B, L, H, d): softmax(q k / sqrt(d)) v for each head.
 
     The weights of all heads together can be gigabytes (a 1024x1024 picture has 16384 positions in the VAE), so they are
     made for a part of the heads, or of one head's queries, at a time.
@@ -126,24 +131,20 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.nd
                          for each in (query * np.float32(1 / math.sqrt(width)), key, value))
     out = np.empty((batch, length, heads, width), np.float32)
     target = out.transpose(0, 2, 1, 3)         # (B, H, L, d), a view of it
-    limit = 4 * BAND_BYTES
-    together = max(1, limit // (4 * length * others))
-    rows = min(length, max(1, limit // (4 * others)))
+    together = max(1, WEIGHT_BYTES // (4 * length * others))
+    rows = min(length, max(1, WEIGHT_BYTES // (4 * others)))
     for first in range(0, batch * heads, together):
         some = slice(first, first + together)
         keys, values = tensor(key[some]), tensor(value[some])
         for top in range(0, length, rows):
-            weights = _products_t(tensor(query[some, top:top + rows]), keys)
-            if mask is not None:
-                weights = tensor(weights.asnumpy() + mask[top:top + rows])
-            part = _products(_softmax(weights), values).asnumpy()
-            for i, head in enumerate(part, first):
-                target[i // heads, i % heads, top:top + rows] = head
+            weights = _softmax(_products_t(tensor(query[some, top:top + rows]), keys))
+            for i, part in enumerate(_products(weights, values).asnumpy(), first):
+                target[i // heads, i % heads, top:top + rows] = part
     return out
 
 
 # -- norms and activations -----------------------------------------------------------------------------------------
-def _normalized(rows: np.ndarray, eps: float) -> np.ndarray:
+def normalized(rows: np.ndarray, eps: float) -> np.ndarray:
     """rows (R, n) with mean 0 and variance 1 each; in two passes, since squares of a large mean would drown the rest."""
     centred = rows - rows.mean(1, keepdims=True)
     variance = np.einsum("ij,ij->i", centred, centred) / np.float32(rows.shape[1])
@@ -151,54 +152,41 @@ def _normalized(rows: np.ndarray, eps: float) -> np.ndarray:
     return centred
 
 
-def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-               eps: float = 1e-5) -> Tensor:
-    """x (..., *normalized_shape), as torch.nn.functional.layer_norm."""
-    y = _normalized(array(x).reshape(-1, math.prod(normalized_shape)), eps)
+def scaled(x: np.ndarray, weight: Tensor | None, bias: Tensor | None) -> np.ndarray:
+    """x weight + bias in place, x (..., n) and each (n,)."""
     if weight is not None:
-        y *= constant(weight).reshape(-1)
+        x *= array(weight).reshape(-1)
     if bias is not None:
-        y += constant(bias).reshape(-1)
-    return tensor(y.reshape(x.shape))
+        x += array(bias).reshape(-1)
+    return x
 
 
-def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-               eps: float = 1e-5) -> Tensor:
-    """x (N, C, ...), as torch.nn.functional.group_norm."""
+def grouped(x: np.ndarray, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> np.ndarray:
+    """Group norm of x (N, C, ...)."""
     n, c = x.shape[:2]
-    y = _normalized(array(x).reshape(n * num_groups, -1), eps).reshape(n, c, -1)
-    if weight is not None:
-        y *= constant(weight)[:, None]
-    if bias is not None:
-        y += constant(bias)[:, None]
-    return tensor(y.reshape(x.shape))
+    y = normalized(x.reshape(n * groups, -1), eps).reshape(n, c, -1)
+    scaled(y.swapaxes(1, 2), weight, bias)
+    return y.reshape(x.shape)
 
 
-def silu(x: Tensor) -> Tensor:
-    return ops.silu(_widened(x))
+def swish(x: np.ndarray) -> np.ndarray:
+    """x / (1 + exp(-x)) in place, x of contiguous memory."""
+    flat = x.reshape(-1)
+    with np.errstate(over="ignore"):       # exp of a large -x is infinite and the quotient 0, as it should be
+        for start in range(0, flat.size, CACHED):
+            some = flat[start:start + CACHED]
+            divisor = np.negative(some)
+            np.exp(divisor, out=divisor)
+            divisor += np.float32(1)
+            some /= divisor
+    return x
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """As torch.nn.functional.gelu, to 1e-7 of |x|. MindSpore's own takes four times as long."""
-    if approximate != "none":
-        return ops.gelu(_widened(x), approximate)
-    source = array(x).reshape(1, -1)
-    return tensor(_gelu(source, np.empty_like(source)).reshape(x.shape))
-
-
-def geglu(x: Tensor) -> Tensor:
-    """x (..., 2n) -> (..., n): the first half of each row times gelu of the second."""
-    width = x.shape[-1] // 2
-    source = array(x).reshape(-1, 2 * width)
-    out = _gelu(source[:, width:], np.empty((len(source), width), np.float32))
-    out *= source[:, :width]
-    return tensor(out.reshape(*x.shape[:-1], width))
-
-
-def _gelu(source: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """x Phi(x) of a matrix by Abramowitz and Stegun 7.1.26 for erf: max(x, 0) - |x| erfc(|x| / sqrt 2) / 2."""
-    rows = max(1, CACHED // source.shape[1])
+def gelu_of(source: np.ndarray) -> np.ndarray:
+    """x Phi(x) of a matrix by Abramowitz and Stegun 7.1.26 for erf: max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, to 1e-7 |x|."""
+    out = np.empty(source.shape, np.float32)
     columns = min(source.shape[1], CACHED)
+    rows = max(1, CACHED // columns)
     for top in range(0, len(source), rows):
         for left in range(0, source.shape[1], columns):
             part = np.s_[top:top + rows, left:left + columns]
@@ -217,14 +205,50 @@ def _gelu(source: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-# -- moving numbers ------------------------------------------------------------------------------------------------
+# -- mint's operators ----------------------------------------------------------------------------------------------
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return tensor(transformed(array(x), weight, bias))
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """Of one group, with padding in numbers; RuntimeError otherwise."""
+    if groups != 1 or isinstance(padding, str):
+        raise RuntimeError("This convolution has groups or a named padding, which the CPU kernels do not do.")
+    return tensor(convolved(array(x), weight, bias, _pair(stride), _pair(padding), _pair(dilation)))
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+               eps: float = 1e-5) -> Tensor:
+    y = normalized(array(x).reshape(-1, math.prod(normalized_shape)), eps)
+    return tensor(scaled(y, weight, bias).reshape(x.shape))
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+               eps: float = 1e-5) -> Tensor:
+    return tensor(grouped(array(x), num_groups, weight, bias, eps))
+
+
+def silu(x: Tensor) -> Tensor:
+    return tensor(swish(array(x).copy()))
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate != "none":
+        return ops.gelu(_widened(x), approximate)
+    return tensor(gelu_of(array(x).reshape(1, -1)).reshape(x.shape))
+
+
 def embedding(ids: Tensor, weight: Tensor, *unused, **options) -> Tensor:
     """ids (...) integers, weight (rows, width) -> (..., width) float32."""
     return tensor(weight.asnumpy()[ids.asnumpy()].astype(np.float32))
 
 
 def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float = 0.0) -> Tensor:
-    """As torch.nn.functional.pad: (before, after) of the last axis, then of the one before it, ..."""
+    """(before, after) of the last axis, then of the one before it, ...; RuntimeError for other than constants."""
     if mode != "constant":
         raise RuntimeError(f"Padding by '{mode}' is not among the CPU kernels.")
     widths = [(0, 0)] * (x.ndim - len(pad) // 2) + [tuple(pad[i:i + 2]) for i in range(len(pad) - 2, -1, -2)]
@@ -232,54 +256,31 @@ def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float = 0.
 
 
 def interpolate(x: Tensor, size=None, scale_factor=None, mode: str = "nearest", *unused, **options) -> Tensor:
-    """x (N, C, H, W) to (N, C, *size), each place taking its nearest one: floor(i * H / H')."""
+    """x (N, C, H, W) to (N, C, *size), each place taking its nearest one: floor(i * H / H'); RuntimeError otherwise."""
     if mode != "nearest" or x.ndim != 4:
         raise RuntimeError(f"Resizing by '{mode}' is not among the CPU kernels.")
     h, w = x.shape[-2:]
     if size is None:
         size = tuple(int(side * factor) for side, factor in zip((h, w), np.broadcast_to(scale_factor, 2)))
-    rows, columns = (np.arange(new) * old // new for new, old in zip(_pair(size), (h, w)))
-    return tensor(x.asnumpy()[:, :, rows[:, None], columns])
+    (tall, wide), source = _pair(size), array(x)
+    if tall % h == 0 and wide % w == 0:         # the usual case, ten times faster than looking each place up
+        shape = (*x.shape[:2], h, tall // h, w, wide // w)
+        return tensor(np.broadcast_to(source[:, :, :, None, :, None], shape).reshape(*x.shape[:2], tall, wide))
+    rows, columns = (np.arange(new) * old // new for new, old in ((tall, h), (wide, w)))
+    return tensor(source[:, :, rows[:, None], columns])
 
 
 def arange(start=0, end=None, step=1, *, dtype=None) -> Tensor:
-    values = np.arange(start, step=step) if end is None else np.arange(start, end, step)
-    values = Tensor(values)
+    values = Tensor(np.arange(start, step=step) if end is None else np.arange(start, end, step))
     return values if dtype is None else values.astype(dtype)
 
 
-# -- where mindone looks for them ----------------------------------------------------------------------------------
-def _attend(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **unused):
-    """mindone's Attention.construct for what SDXL's networks use of it: no masks, no norms of queries."""
-    x, shape = array(hidden_states), hidden_states.shape
-    if len(shape) == 4:
-        x = x.reshape(*shape[:2], -1).transpose(0, 2, 1)
-    if self.group_norm is not None:
-        normed = self.group_norm(tensor(x.transpose(0, 2, 1)))
-        x = array(normed).transpose(0, 2, 1)
-    states = tensor(x)
-    context = states if encoder_hidden_states is None else encoder_hidden_states
-    query, key, value = (array(layer(source)) for layer, source in
-                         ((self.to_q, states), (self.to_k, context), (self.to_v, context)))
-    query, key, value = (each.reshape(*each.shape[:2], self.heads, -1) for each in (query, key, value))
-    y = attention(query, key, value)
-    y = array(self.to_out[0](tensor(y.reshape(*y.shape[:2], -1))))
-    if len(shape) == 4:
-        y = np.ascontiguousarray(y.transpose(0, 2, 1)).reshape(shape)
-    if self.residual_connection:
-        y += array(hidden_states)
-    if self.rescale_output_factor != 1.0:
-        y /= np.float32(self.rescale_output_factor)
-    return tensor(y)
-
-
 def install() -> None:
-    """Put the kernels where `mint` has the operators. Before mindone is imported, and only on the CPU."""
-    functional = mint.nn.functional
+    """Put the operators where `mint` has them. Before mindone is imported, and only on the CPU."""
+    functional, layers = mint.nn.functional, mint.nn
     for kernel in (linear, conv2d, layer_norm, group_norm, silu, gelu, embedding, pad, interpolate):
         setattr(functional, kernel.__name__, kernel)
     mint.arange = arange
-    layers = mint.nn
     layers.Linear.construct = lambda self, x: linear(x, self.weight, self.bias)
     layers.Conv2d.construct = lambda self, x: conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation,
                                                      self.groups)
@@ -288,9 +289,3 @@ def install() -> None:
     layers.SiLU.construct = lambda self, x: silu(x)
     layers.GELU.construct = lambda self, x: gelu(x, self.approximate)
     layers.Dropout.construct = lambda self, x: x       # networks here only ever predict
-
-
-def install_layers(attention: type, gated: type) -> None:
-    """The same for mindone's Attention and GEGLU, once they are imported."""
-    attention.construct = _attend
-    gated.construct = lambda self, x: geglu(self.proj(x))

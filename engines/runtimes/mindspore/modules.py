@@ -15,10 +15,10 @@ import warnings
 
 BARE = ("mindone", "mindone.diffusers.loaders", "mindone.diffusers.loaders.single_file_model",
         *(f"mindone.diffusers.models.{kind}" for kind in ("unets", "autoencoders", "transformers")))
-UNET = "mindone.diffusers.models.unets.unet_2d_condition"
-VAE = "mindone.diffusers.models.autoencoders.autoencoder_kl"
-ATTENTION = "mindone.diffusers.models.attention_processor"
-ACTIVATIONS = "mindone.diffusers.models.activations"
+MODELS = "mindone.diffusers.models."
+CLASSES = {"UNet2DConditionModel": "unets.unet_2d_condition", "AutoencoderKL": "autoencoders.autoencoder_kl",
+           "Attention": "attention_processor", "BasicTransformerBlock": "attention", "GEGLU": "activations",
+           "ResnetBlock2D": "resnet", "Transformer2DModel": "transformers.transformer_2d"}
 
 
 class Bare(types.ModuleType):
@@ -31,7 +31,7 @@ class Bare(types.ModuleType):
 
 
 def mindone() -> types.SimpleNamespace:
-    """The classes UNet2DConditionModel, AutoencoderKL, Attention and GEGLU. Raises RuntimeError without a mindone."""
+    """The classes of CLASSES. Raises RuntimeError if mindone cannot be imported."""
     _hush()
     bare = [name for name in BARE if name not in sys.modules]
     try:
@@ -51,9 +51,8 @@ def mindone() -> types.SimpleNamespace:
 
 
 def _classes() -> types.SimpleNamespace:
-    unet, vae, attention, activations = map(importlib.import_module, (UNET, VAE, ATTENTION, ACTIVATIONS))
-    return types.SimpleNamespace(UNet2DConditionModel=unet.UNet2DConditionModel, AutoencoderKL=vae.AutoencoderKL,
-                                 Attention=attention.Attention, GEGLU=activations.GEGLU)
+    return types.SimpleNamespace(**{name: getattr(importlib.import_module(MODELS + module), name)
+                                    for name, module in CLASSES.items()})
 
 
 def _hush() -> None:
