@@ -52,5 +52,6 @@ def test_a_load_needs_little_more_memory_than_the_parameters(inside, tmp_path, d
     large = write_single(TinySDXL(rows=150_000), tmp_path / "large.safetensors", dtype)     # long tables of tokens
     found = inside("loads", {}, paths=[str(small), str(large)], precision=dtype)
     size, before = large.stat().st_size, int(found["before"])
-    assert 0.8 * size < found["after"] - before < found["peak"] - before < PEAK * size
+    assert 0.5 * size < found["after"] - before         # what the small one gave back is used again
+    assert found["peak"] - before < PEAK * size
     assert found["unloaded"] - before < 0.2 * size
