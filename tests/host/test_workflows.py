@@ -17,8 +17,8 @@ NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 # What their prompts ask for: shape, colour, background, size, position.
 ASKED = {
     "Sophgo text to image": Attributes("circle", "red", "white", "large", "center"),
-    "Ascend SDXL text to image": Attributes("circle", "red", "blue", "large", "center"),
-    "Ascend SDXL KSampler": Attributes("star", "yellow", "black", "small", "top left"),
+    "Ascend SDXL text to image": Attributes("star", "yellow", "blue", "large", "center"),
+    "Ascend SDXL KSampler": Attributes("star", "red", "white", "large", "center"),
     "Ascend SDXL image to image": Attributes("heart", "orange", "white", "large", "center"),
     "Ascend and Sophgo mixed": Attributes("triangle", "green", "yellow", "large", "center"),
 }
