@@ -192,6 +192,9 @@ class Worker:
             self._stop(0)
             raise DeviceError(f"Device '{self.spec.name}' did not start: {self._origin()} could not be run "
                               f"({error}); check the accelerator settings file.") from error
+        except WorkerDied as error:
+            raise DeviceError(f"Device '{self.spec.name}' did not start: {self._origin()} ended while it loaded its "
+                              "libraries, which may not fit this machine.") from error
         except EngineError as error:
             self._stop(0)
             raise DeviceError(f"Device '{self.spec.name}' did not start in {self._origin()}: "
