@@ -2,7 +2,7 @@
 import tempfile
 from pathlib import Path
 
-from bench import import_cost, parity, queue_latency, unet_call
+from bench import import_cost, parity, queue_latency, sdxl, unet_call
 from tools.comfyui import Server
 
 
@@ -13,6 +13,7 @@ def show(rows) -> None:
 
 show(import_cost.run())
 show(unet_call.run())
+show(sdxl.run())
 with tempfile.TemporaryDirectory() as base, Server(Path(base)) as server:
     show(queue_latency.run(server))
     show(parity.run(server))

@@ -41,6 +41,9 @@ def torch_calls(model: TinySDXL, size: int) -> dict[str, float]:
 
 
 def run() -> Iterator[tuple[str, str]]:
+    if not PYTHON.exists():
+        yield "SDXL on MindSpore", "not measured: run 'python tools/install.py mindspore'"
+        return
     tiny, fifth = TinySDXL(rows=1000), TinySDXL(rows=1000)
     fifth.unet = UNet2DConditionModel(**FIFTH).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:

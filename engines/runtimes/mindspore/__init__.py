@@ -104,7 +104,8 @@ class Runtime:
             config, parameters = checkpoint.configs, checkpoint.parameters
             model = {part: networks.TextEncoder(config[part], parameters(part), precision, title)
                      for part, title in (("text_encoder", "first text encoder"), ("text_encoder_2", "second text encoder"))}
-            model["unet"] = networks.UNet(config["unet"], parameters("unet"), precision)
+            computing = "float32" if self.target == "cpu" else precision
+            model["unet"] = networks.UNet(config["unet"], parameters("unet"), precision, computing)
             model["vae_decoder"], model["vae_encoder"] = networks.vae_halves(config["vae"], parameters("vae"))
         self.loaded += 1
         self.models[self.loaded] = model

@@ -20,7 +20,6 @@ from .modules import mindone
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 FACTOR = 8                  # pixels a latent cell, each way
-END = 49407                 # CLIP's last token of a text
 
 
 class Input(Protocol):
@@ -92,9 +91,11 @@ def build(kind: type, config: Mapping[str, object]) -> nn.Cell:
 
 
 def named_parameters(net: nn.Cell) -> dict[str, ms.Parameter]:
-    """The parameters of a network of mindone's by diffusers' names; one that is in two places has two."""
-    return {_diffusers_name(f"{path}.{own}", cell): parameter
-            for path, cell in net.cells_and_names() for own, parameter in cell._params.items()}
+    """The parameters of a network of mindone's, whose names are diffusers' where all layers are `mint`'s, as here.
+
+    MindSpore's own names are not: it makes them unique in ways of its own.
+    """
+    return {f"{path}.{own}": parameter for path, cell in net.cells_and_names() for own, parameter in cell._params.items()}
 
 
 def fill(net: nn.Cell, parameters: Iterable[Parameter], precision: str) -> None:
@@ -116,16 +117,6 @@ def fill(net: nn.Cell, parameters: Iterable[Parameter], precision: str) -> None:
     for name, parameter in empty.items():
         if id(parameter) not in filled:
             raise RuntimeError(f"The checkpoint has no '{name}'.")
-
-
-# MindSpore's own layers have other names for what torch calls weight and bias.
-_NORMS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
-
-
-def _diffusers_name(path: str, cell: nn.Cell) -> str:
-    head, _, own = path.rpartition(".")
-    own = {"embedding_table": "weight"}.get(own, own) if isinstance(cell, nn.Embedding) else _NORMS.get(own, own)
-    return f"{head}.{own}".replace(".Conv2d_0.", ".conv.")     # mindone has a down-sampling layer under two names
 
 
 # -- text encoders -------------------------------------------------------------------------------------------------
@@ -213,12 +204,13 @@ class UNet(Network):
     title = "U-Net"
     inputs = ("latent", "timestep", "context", "y")
 
-    def __init__(self, config: Mapping[str, object], parameters: Iterable[Parameter], precision: str):
+    def __init__(self, config: Mapping[str, object], parameters: Iterable[Parameter], precision: str, computing: str):
+        """precision: of the parameters; computing: of what goes in, and so of what passes between the layers."""
         class Fused(mindone().UNet2DConditionModel):
             def get_aug_embed(self, emb, encoder_hidden_states, added_cond_kwargs):
                 return self.add_embedding(added_cond_kwargs["y"].to(emb.dtype))
 
-        self.dtype, self.config = DTYPES[precision], config
+        self.dtype, self.config = DTYPES[computing], config
         self.net = build(Fused, config)
         fill(self.net, parameters, precision)
         keep_precision(self.net, precision)
@@ -230,7 +222,7 @@ class UNet(Network):
         return {"prediction": self.predict(latent.array, timestep.array, context.tensor(self.dtype), y.tensor(self.dtype))}
 
     def predict(self, latent: np.ndarray, timestep: np.ndarray, context: Tensor, y: Tensor) -> np.ndarray:
-        """The same with what does not change between steps on the device, in this network's dtype, already."""
+        """The same with what does not change between steps on the device already, in the dtype it computes in."""
         out = self.net(Tensor.from_numpy(np.ascontiguousarray(latent)).astype(self.dtype),
                        Tensor.from_numpy(np.ascontiguousarray(timestep, np.float32)),
                        encoder_hidden_states=context, added_cond_kwargs={"y": y}, return_dict=False)[0]
