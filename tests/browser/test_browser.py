@@ -87,13 +87,14 @@ def assert_red_on_white(picture: Image.Image) -> None:
 
 def test_a_template_from_the_template_browser_runs_in_the_simulator(page, server):
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    cards = page.locator("[data-testid^='template-workflow-']")
+    cards.first.wait_for()
+    assert cards.count() == len(names())
+    for card in cards.all():
+        card.scroll_into_view_if_needed()       # the frontend loads a picture when it comes into sight
+        page.wait_for_function("card => card.querySelector('img')?.naturalWidth", arg=card.element_handle())
     card = page.get_by_test_id(f"template-workflow-{TEXT_TO_IMAGE}")
-    card.wait_for()
-    assert page.locator("[data-testid^='template-workflow-']").count() == len(names())
-    page.wait_for_function("""count => {
-        const pictures = document.querySelectorAll("[data-testid^='template-workflow-'] img");
-        return pictures.length === count && [...pictures].every(picture => picture.naturalWidth);
-    }""", arg=len(names()))
+    card.scroll_into_view_if_needed()
     keep_screenshot(page, "template-browser")
     card.click()
     page.wait_for_function("app.graph.nodes.some(node => node.type === 'SophgoLoadCheckpoint')")
