@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import pytest
+import websocket
 from safetensors.torch import load_file, save_file
 
 from engines.devices import CPU_CANCEL_SECONDS
@@ -215,3 +216,21 @@ def test_replaced_file_is_loaded_again(server, base, undisturbed, tmp_path):
         run()
     plain_sentence(str(refused.value), "no SDXL model", replaced.name)
     undisturbed.check()
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+def test_killed_server_leaves_no_worker_behind(base, tiny_sdxl, tmp_path):
+    """A server of its own, which shows a preview of every step until it is killed in a run."""
+    checkpoints = tmp_path / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / TINY_SDXL).symlink_to(base / "models" / "checkpoints" / TINY_SDXL)
+    with Server(tmp_path, arguments=("--preview-method", "latent2rgb")) as other:
+        seen = []
+        latent(other, picture(steps=4),
+               on_event=lambda kind, data: seen.append(data["data"]) if kind == "binary" else None)
+        # a preview: type 1 or 4 (with metadata), then among others a JPEG
+        assert len([data for data in seen if data[3] in (1, 4) and b"\xff\xd8\xff" in data]) == 4
+        there = workers(other)
+        with pytest.raises((websocket.WebSocketException, OSError)):
+            latent(other, picture(steps=LONG, seed=2), on_event=At(other.process.kill, 2))
+        assert there and not psutil.wait_procs(there, timeout=GENEROUS)[1]
