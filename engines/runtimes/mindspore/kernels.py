@@ -88,12 +88,12 @@ def convolved(x: np.ndarray, weight: Tensor, bias: Tensor | None, stride: tuple[
     rows, columns = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
     kernel, out = array(weight).reshape(o, -1), np.empty((n, o, rows, columns), np.float32)
     whole = (kh, kw, sh, sw, ph, pw) == (1, 1, 1, 1, 0, 0)      # nothing to gather
-    band = rows if whole else min(rows, max(1, BAND_BYTES // (4 * c * kh * kw * columns)))
+    band = min(rows, max(1, BAND_BYTES // (4 * c * kh * kw * columns)))
     for sample in range(n):
         for top in range(0, rows, band):
             count = min(band, rows - top)
             if whole:
-                patches = x[sample]
+                patches = x[sample, :, top:top + count]
             else:
                 patches = np.empty((c, kh, kw, count, columns), np.float32)
                 strip = _strip(x[sample], top * sh - ph, (count - 1) * sh + dh * (kh - 1) + 1, pw)

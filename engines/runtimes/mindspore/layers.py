@@ -23,7 +23,7 @@ def install(mindone: SimpleNamespace) -> None:
             (mindone.BasicTransformerBlock, transformer_block, lambda self: self.norm_type == "layer_norm"
                 and self.pos_embed is None and self.attn2 is not None and not self.only_cross_attention),
             (mindone.ResnetBlock2D, resnet, lambda self: self.upsample is None and self.downsample is None
-                and self.time_embedding_norm == "default" and type(self.nonlinearity).__name__ == "SiLU"),
+                and self.time_embedding_norm in ("default", "group") and type(self.nonlinearity).__name__ == "SiLU"),
             (mindone.Transformer2DModel, transformer, lambda self: self.is_input_continuous and self.use_linear_projection)):
         if not hasattr(kind.construct, "original"):
             kind.construct = _instead(kind.construct, construct, fits)
@@ -101,9 +101,10 @@ def transformer(self, hidden_states: Tensor, encoder_hidden_states: Tensor | Non
 
 # -- convolutions --------------------------------------------------------------------------------------------------
 def resnet(self, input_tensor: Tensor, temb: Tensor | None = None, *unused) -> Tensor:
+    """The U-Net's and the VAE's, which has no timestep and calls its norm "group"."""
     x = array(input_tensor)
     y = _convolved(self.conv1, swish(grouped(x, *_group_norm(self.norm1))))
-    if self.time_emb_proj is not None:
+    if self.time_emb_proj is not None and self.time_embedding_norm == "default":
         step = array(temb)
         y += _linear(self.time_emb_proj, step if self.skip_time_act else swish(step.copy()))[:, :, None, None]
     y = _convolved(self.conv2, swish(grouped(y, *_group_norm(self.norm2))))
