@@ -5,6 +5,7 @@ nothing of the compiler enters this interpreter.
 """
 
 from .convert import CHIPS, combine, convert
-from .toolchain import CompilerError, Toolchain, find_python
+from .errors import CompilerError
+from .toolchain import Toolchain, find_python
 
 __all__ = ["CHIPS", "CompilerError", "Toolchain", "combine", "convert", "find_python"]

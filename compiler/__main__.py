@@ -1,6 +1,7 @@
 """`python -m compiler` installs the compiler, or says that it is there."""
 
-from .toolchain import CompilerError, Toolchain
+from .errors import CompilerError
+from .toolchain import Toolchain
 
 try:
     print(f"The compiler is in {Toolchain.install().folder}.")

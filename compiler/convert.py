@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from .toolchain import CompilerError, Toolchain
+from .errors import CompilerError
+from .toolchain import Toolchain
 
 # The precisions each chip can be compiled for without calibration. The BM1684 has no 16-bit floats.
 CHIPS = {"bm1684x": ("F32", "F16", "BF16"), "bm1684": ("F32",)}

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import CompilerError
+
 PYTHON_VARIABLE = "SOPHGO_COMPILER_PYTHON"
 FOLDER = Path(__file__).resolve().parent.parent / ".local" / "compiler"
 
@@ -43,10 +45,6 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 # The wheel bundles glibc 2.35 and puts it first on the library path; on a newer system every child process then dies
 # with "GLIBC_2.36 not found". The system's own serves.
 BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
-
-
-class CompilerError(Exception):
-    """What went wrong and what to do about it, in one sentence."""
 
 
 def _candidates() -> Iterator[Path]:
