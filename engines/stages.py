@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from .engine import Constant, Engine
-from .errors import EngineError
+from .errors import EngineError, NotFinite
 from .roles import VAE_SCALE, family
 from .tiling import run_tiled
 from .workers import NO_POLL
@@ -51,8 +51,8 @@ class Stage:
         if np.isfinite(array).all():
             return array
         what = "NaN" if np.isnan(array).any() else "infinite values"
-        raise EngineError(f"The {self.title} in {engine.model_file.path.name} returned {what}{context}: half precision "
-                          "overflows in some networks, compile it as BF16 or F32.")
+        raise NotFinite(f"The {self.title} in {engine.model_file.path.name} returned {what}{context}: half precision "
+                        "overflows in some networks, compile it as BF16 or F32.")
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
