@@ -49,6 +49,7 @@ class Part:
         self.tensors = {name[len(prefix) :]: checkpoint.tensors[name] for name in names}
         self.conventions: dict[str, int] = checkpoint.conventions.get(kind, {})
         self.used: set[str] = set()
+        self.dry = False  # give zeros that take no memory, to learn shapes and costs only
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -64,8 +65,10 @@ class Part:
 
     def read(self, name: str) -> np.ndarray:
         """float32."""
-        self.shape(name)
+        shape = self.shape(name)
         self.used.add(name)
+        if self.dry:
+            return np.broadcast_to(np.float32(0), shape)
         return self.checkpoint.read(self.prefix + name)
 
     def count(self, pattern: str) -> int:
@@ -139,11 +142,15 @@ class Checkpoint:
     def _holds(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.tensors)
 
-    def part(self, kind: str) -> Part:
-        """One network's tensors. Raises CompilerError if it is not there or of another family than SD 1.x."""
+    def part(self, kind: str, dry: bool = False) -> Part:
+        """One network's tensors, without their numbers if `dry`.
+
+        Raises CompilerError if it is not there, or of another family than SD 1.x.
+        """
         for prefix in PREFIXES[kind]:
             if self._holds(prefix):
                 part = Part(self, kind, prefix)
+                part.dry = dry
                 self._refuse_other_families(part)
                 return part
         held = ", ".join(TITLES[kind] for kind in self.parts()) or "none of the networks of SD 1.x"

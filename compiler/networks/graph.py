@@ -31,16 +31,18 @@ class Value:
 class Weights:
     """A file of weights, float32, one after the other. Graphs of several sizes share it: the same name, the same place.
 
-    `close` it before anything reads it.
+    `close` it before anything reads it. Without a path nothing is written.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path | None):
+        self.path = Path(path or "none")
         self.places: dict[str, tuple[int, int]] = {}
-        self.file = self.path.open("wb")
+        self.file = self.path.open("wb") if path else None
 
     def put(self, name: str, array: np.ndarray) -> tuple[int, int]:
         """(offset, bytes) of the array in the file, which takes it only the first time."""
+        if self.file is None:
+            return 0, array.nbytes
         if name not in self.places:
             self.file.seek(-(-self.file.tell() // PAGE) * PAGE)
             self.places[name] = self.file.tell(), array.nbytes
@@ -48,7 +50,8 @@ class Weights:
         return self.places[name]
 
     def close(self):
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def __enter__(self) -> "Weights":
         return self
