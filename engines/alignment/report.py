@@ -15,7 +15,8 @@ MOST_ROWS = 64         # of a table; a longer run shows its first and last steps
 
 def text(parity: Parity) -> str:
     """What the parity node shows and the command line prints."""
-    blocks = [f"reference  {parity.reference}\ncandidate  {parity.candidate}"]
+    blocks = ["\n".join(f"{side}  " + said.replace("\n", "\n" + " " * 11)
+                        for side, said in (("reference", parity.reference), ("candidate", parity.candidate)))]
     for mode in (FORCED, FREE):
         rows = [row for row in parity.rows if row.mode == mode]
         if rows:
@@ -85,7 +86,7 @@ def describe(recording: Recording) -> str:
             arrays = [f"{name} {list(array.shape)}" for side in (calls[0].inputs, calls[0].outputs)
                       for name, array in side.items()]
             shown = ", ".join(arrays[:6]) + (f" and {len(arrays) - 6} more" if len(arrays) > 6 else "")
-            lines.append(f"  {len(calls)} calls of the {title}: {shown}")
+            lines.append(f"  {len(calls)} call{'s' * (len(calls) > 1)} of the {title}: {shown}")
     if recording.full:
         lines.append("  Calls after these were left out: the recording had reached its limit.")
     return "\n".join(lines)

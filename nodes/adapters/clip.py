@@ -53,6 +53,9 @@ class CompiledTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
         return sections[:1]
 
     def encode(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self(tokens)          # through torch's call, as in ComfyUI's encoders: hooks see it
+
+    def forward(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sections of 77 ids -> hidden (N,77,D), pooled (N,P) or None, float32."""
         if not all(isinstance(token, int) for section in tokens for token in section):
             raise EngineError(f"The prompt names a textual inversion embedding, and {self.stage.names} is compiled: it "

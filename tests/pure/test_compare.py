@@ -103,6 +103,13 @@ def test_condition_and_uncondition_alone_are_joined(tmp_path):
         assert all(row.difference.relative < 1e-6 for row in free(found))
 
 
+def test_prompts_encoded_in_another_order(tmp_path):
+    reference = run(tmp_path / "a.npz")
+    first, second, *rest = reference.calls
+    for calls in ((second, first, *rest), (first, second, *rest)):
+        assert all(row.difference.l1 == 0 for row in free(pairs(reference, Recording("b", calls))))
+
+
 def test_runs_of_another_kind(tmp_path):
     with pytest.raises(EngineError, match="calls the U-Net 5 times and 'b' 7 times"):
         pairs(run(tmp_path / "a.npz"), run(tmp_path / "b.npz", steps=7))
