@@ -36,10 +36,9 @@ from .networks import Graph, Weights
 from .plan import Cost, Network
 from .recipes import Attempt, first_bad_block, recipes
 from .request import Request
+from .summary import FORMAT, MODEL_JSON
 from .toolchain import COMPILER, Toolchain
 
-MODEL_JSON = "model.json"
-FORMAT = 1  # of model.json
 WORK = ".compiling-"  # what the folder is called before it is whole; loaders do not list it
 NICE = 5  # the server stays responsive
 NEARLY_FULL = 50e6

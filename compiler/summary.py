@@ -1,5 +1,12 @@
 """What a compile is going to take, and what came of it, as text for people."""
 
+import json
+from pathlib import Path
+
+MODEL_JSON = "model.json"
+FORMAT = 1  # of model.json
+MAX_BYTES = 1 << 20  # of one from a stranger
+
 GB, MB, MINUTE = 1e9, 1e6, 60.0
 
 
@@ -19,6 +26,30 @@ def estimate_text(found: dict) -> str:
         f"in all about {duration(seconds)} on two idle cores, {gigabytes(found['disk'])} of disk while it runs, and "
         f"{gigabytes(memory)} of memory, of which {gigabytes(found['memory'])} are free",
     ])
+
+
+def folder_text(folder: Path) -> str:
+    """What the model.json of a folder says; nothing if it has none. It may come from a stranger."""
+    path = folder / MODEL_JSON
+    try:
+        if not path.is_file():
+            return ""
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["format"] != FORMAT:
+            return f"{MODEL_JSON}: of a later version of this pack"
+        return "\n".join([report_text(report), *_sources(report["source"])])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return f"{MODEL_JSON}: damaged, or not written by this pack"
+
+
+def _sources(source: dict) -> list[str]:
+    lines = [f"from {source['file']}"] if "file" in source else []
+    for node in source.get("nodes", []):
+        settings = ", ".join(f"{name} {value}" for name, value in node["settings"].items())
+        lines.append(f"from {node['node']} ({settings[:200]})")
+    return lines
 
 
 def report_text(report: dict) -> str:

@@ -1,5 +1,6 @@
 """What a user drags: one file a family, thin nodes without arithmetic."""
 from .align import SophgoLoadRecording, SophgoParity, SophgoParityGate, SophgoRecord
+from .compile import SophgoCompile
 from .inspect import SophgoInspect
 from .loaders import SophgoLoadCheckpoint, SophgoLoadCLIP, SophgoLoadUNet, SophgoLoadVAE
 from .reference import SophgoLoadReference
@@ -8,6 +9,6 @@ from .stages import SophgoTextEncode, SophgoUNetStep, SophgoVAEDecode, SophgoVAE
 ALL_NODES = [
     SophgoLoadCheckpoint, SophgoLoadUNet, SophgoLoadCLIP, SophgoLoadVAE,
     SophgoTextEncode, SophgoUNetStep, SophgoVAEDecode, SophgoVAEEncode,
-    SophgoInspect,
+    SophgoInspect, SophgoCompile,
     SophgoLoadReference, SophgoRecord, SophgoLoadRecording, SophgoParity, SophgoParityGate,
 ]

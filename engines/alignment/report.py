@@ -57,6 +57,8 @@ def _precision(relative: float) -> str:
 
 def percent(relative: float) -> str:
     """0.0031 -> "0.31 %"; two digits, however small."""
+    if not relative:
+        return "0 %"
     return f"{relative:.2%}".replace("%", " %") if relative >= 1e-3 else f"{100 * relative:.1e} %"
 
 

@@ -22,9 +22,9 @@ class CompiledTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
 
     special_tokens = SPECIAL_TOKENS
 
-    def __init__(self, stage: TextEncoder, long_prompts: str):
+    def __init__(self, stage: TextEncoder, long_prompts: str, sections: int):
         super().__init__()
-        self.stage, self.long_prompts = stage, long_prompts
+        self.stage, self.long_prompts, self.sections = stage, long_prompts, sections
 
     def set_clip_options(self, options):
         layer = options.get("layer")
@@ -39,18 +39,18 @@ class CompiledTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
         return super().encode_token_weights(self._fitting(token_weight_pairs))
 
     def _fitting(self, sections: list) -> list:
-        """What the U-Net can take: one section of 77."""
-        if len(sections) <= 1:
+        """What the U-Net can take: so many sections of 77."""
+        if len(sections) <= self.sections:
             return sections
         special = set(SPECIAL_TOKENS.values())
         used = sum(1 for section in sections for token, _ in section if not isinstance(token, int) or token not in special)
-        limit = self.stage.length - 2
+        limit = self.sections * (self.stage.length - 2)
         if self.long_prompts == ERROR:
             raise EngineError(f"The prompt has {used} tokens and {self.stage.names} takes {limit}: shorten it, or set "
                               "long_prompts to 'truncate' in the loader.")
         tell(f"Prompt cut: it has {used} tokens, the compiled model takes {limit}; the rest is ignored.",
              level=logging.WARNING)
-        return sections[:1]
+        return sections[:self.sections]
 
     def encode(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self(tokens)          # through torch's call, as in ComfyUI's encoders: hooks see it
@@ -73,17 +73,22 @@ class CompiledCLIP(sd1_clip.SD1ClipModel):
 class _Target:
     """What comfy.sd.CLIP wants to know: the tokenizer, the model and its parameters."""
 
-    def __init__(self, stage: TextEncoder, long_prompts: str):
+    def __init__(self, stage: TextEncoder, long_prompts: str, sections: int):
         self.tokenizer, self.clip = sd1_clip.SD1Tokenizer, CompiledCLIP
-        self.params = {"clip_model": lambda **_: CompiledTextEncoder(stage, long_prompts)}
+        self.params = {"clip_model": lambda **_: CompiledTextEncoder(stage, long_prompts, sections)}
 
 
-def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str]) -> comfy.sd.CLIP:
-    """The CLIP for a text encoder stage. long_prompts: TRUNCATE (with a warning on the node) or ERROR."""
+def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str], tokens: int = 0) -> comfy.sd.CLIP:
+    """The CLIP for a text encoder stage.
+
+    tokens: what the U-Net takes, where it is known; more of a prompt is cut. long_prompts: TRUNCATE (with a warning on the
+    node) or ERROR.
+    """
     if long_prompts not in (TRUNCATE, ERROR):
         raise EngineError(f"long_prompts cannot be '{long_prompts}': choose '{TRUNCATE}' or '{ERROR}'.")
     # Without an initial device ComfyUI does not load the patcher it makes, so that ours can take its place.
-    clip = comfy.sd.CLIP(_Target(stage, long_prompts), embedding_directory=embedding_directory,
+    target = _Target(stage, long_prompts, max(1, tokens // stage.length))
+    clip = comfy.sd.CLIP(target, embedding_directory=embedding_directory,
                          model_options={"load_device": CPU, "offload_device": CPU, "initial_device": None,
                                         "dtype": torch.float32})
     clip.patcher = patcher_for(clip.cond_stage_model)

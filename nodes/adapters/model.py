@@ -8,6 +8,7 @@ import torch
 from ...engines.errors import EngineError
 from ...engines.roles import FAMILIES, INPAINT_CHANNELS, LATENT_CHANNELS
 from ...engines.stages import SizeError, UNet
+from .control import residuals_of
 from .patcher import CPU, CompiledPatcher, patcher_for
 
 SD1_CHANNELS = 320       # of the first block of an SD 1.x U-Net; FreeU and its kind reckon with it
@@ -27,15 +28,13 @@ class CompiledUNet(torch.nn.Module):
         """x (B,C,h,w), timesteps (B,), context (B,77n,D) -> raw prediction (B,4,h,w), float32."""
         options = transformer_options or {}
         self._refuse_patches(options)
-        if control is not None:
-            raise EngineError(f"The U-Net in {self.stage.names} takes no ControlNet residuals: remove the ControlNet.")
         if context is None:
             raise EngineError("The conditioning holds no text context: connect the CLIP that belongs to this model.")
         if x.shape[1] != self.stage.channels:
             raise EngineError(f"The U-Net in {self.stage.names} takes {self.stage.channels} latent channels and was "
                               f"given {x.shape[1]}.")
         prediction = self.stage(*(t.detach().to(CPU, torch.float32).numpy() for t in (x, timesteps, context)),
-                                where=_where(options, timesteps))
+                                residuals_of(control, self.stage, len(x)), _where(options, timesteps))
         return torch.from_numpy(prediction).to(x.device)
 
     def _refuse_patches(self, options: dict) -> None:

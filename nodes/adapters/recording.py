@@ -44,16 +44,16 @@ def record_model(model, recorder: Recorder):
     """A MODEL like `model` that writes each call of its diffusion model into `recorder`."""
     recorded = model.clone()
 
-    def apply(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        with _watched(executor.class_obj.diffusion_model, recorder, _facts(transformer_options)):
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    def apply(executor, *args, **kwargs):
+        with _watched(executor.class_obj.diffusion_model, recorder):
+            return executor(*args, **kwargs)
 
     recorded.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{recorder.name}", apply)
     return recorded
 
 
 @contextmanager
-def _watched(network: torch.nn.Module, recorder: Recorder, facts: dict) -> Iterator[None]:
+def _watched(network: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
     seen = []
 
     def before(_, args, kwargs):
@@ -61,6 +61,7 @@ def _watched(network: torch.nn.Module, recorder: Recorder, facts: dict) -> Itera
         given = {"latent": args[0], "timestep": args[1], **kwargs}
         inputs = {name: to_array(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
         residuals, lengths = control_to_arrays(kwargs.get("control"))
+        facts = _facts(kwargs.get("transformer_options") or {})
         seen.append(({**inputs, **residuals}, {**facts, **({"control": lengths} if lengths else {})}))
 
     def after(_, args, kwargs, answer):

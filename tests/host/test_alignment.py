@@ -13,7 +13,7 @@ from engines.alignment.recording import Recording
 from tests.conftest import need
 from tests.helpers import onnx_nets
 from tests.host import expected
-from tests.host.graphs import CATS, DOGS, Graph, latents, pictures, plain_sentence, refusal
+from tests.host.graphs import CATS, DOGS, Graph, latents, load_picture, pictures, plain_sentence, refusal
 from tools.comfyui import ServerError
 from tools.install import DEMO_CHECKPOINT
 
@@ -348,3 +348,25 @@ def test_recordings_that_are_none(server, base, graph, name, words):
     loaded = graph.SophgoLoadRecording(recording_name=name)
     graph.PreviewAny(source=loaded[1])
     fails(server, graph, *words)
+
+
+def test_controlnet_residuals(server, base, graph):
+    """They are recorded at their places, replayed, and found out where they are exchanged."""
+    parts = torch_parts(graph)
+    hint = load_picture(graph, base, np.full((64, 64, 3), 128))
+
+    def controlled(order: str) -> Run:
+        run = Run(graph, parts)
+        applied = graph.ControlNetApplyAdvanced(
+            positive=run.positive, negative=run.negative, control_net=graph.TestControlNet(order=order, kind="controlnet"),
+            image=hint, strength=0.5, start_percent=0.0, end_percent=1.0)
+        graph[run.latent.id]["inputs"] |= {"positive": [applied.id, 0], "negative": [applied.id, 1]}
+        return run
+    reference, exchanged = controlled("0123"), controlled("1023")
+    text = said(server, compare(reference, model=parts[0], candidate=exchanged.recording, candidate_images=exchanged.image))
+    call = reference.file(base).of("unet")[0]
+    assert {name: array.shape[1:] for name, array in call.inputs.items() if name.startswith("residual.")} == {
+        "residual.0": (32, 8, 8), "residual.1": (32, 8, 8), "residual.2": (32, 4, 4), "residual.3": (64, 4, 4),
+        "residual.mid": (64, 4, 4)}
+    assert "U-Net  1/3   prediction  0.00e+00  0.00e+00  0.00e+00  1.0000000" in text, text
+    assert "residual.1 as residual.0, residual.0 as residual.1" in text, text
