@@ -1,10 +1,25 @@
-"""ONNX files to bmodels with Sophgo's TPU-MLIR, which lives in a Python 3.10 of its own.
+"""Checkpoints and ONNX files to bmodels with Sophgo's TPU-MLIR, which lives in a Python 3.10 of its own.
 
-`toolchain` finds that Python and installs the compiler; `convert` drives it. Neither imports ComfyUI or torch, and
-nothing of the compiler enters this interpreter.
+`toolchain` finds that Python and installs the compiler; `convert` drives its tools on an ONNX file. From a checkpoint:
+`client` starts a `job` in that Python, which makes ONNX graphs (`checkpoint`, `networks`), compiles them by `recipes`
+and compares each with its reference in the simulator (`verify`). Nothing here imports ComfyUI or torch, and nothing of
+the compiler enters this interpreter.
 """
 
+from .client import compile_checkpoint
 from .convert import CHIPS, combine, convert
-from .toolchain import CompilerError, Toolchain, find_python
+from .errors import CompilerError
+from .request import Request, parse_sizes
+from .toolchain import Toolchain, find_python
 
-__all__ = ["CHIPS", "CompilerError", "Toolchain", "combine", "convert", "find_python"]
+__all__ = [
+    "CHIPS",
+    "CompilerError",
+    "Request",
+    "Toolchain",
+    "combine",
+    "compile_checkpoint",
+    "convert",
+    "find_python",
+    "parse_sizes",
+]

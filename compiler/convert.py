@@ -1,12 +1,33 @@
-"""One ONNX file to one bmodel, and several bmodels to one."""
+"""ONNX files to bmodels: to the compiler's own form, from there to a chip's, and several bmodels to one."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from .toolchain import CompilerError, Toolchain
+from .errors import CompilerError
+from .toolchain import Toolchain
 
 # The precisions each chip can be compiled for without calibration. The BM1684 has no 16-bit floats.
 CHIPS = {"bm1684x": ("F32", "F16", "BF16"), "bm1684": ("F32",)}
+TO_MLIR = Path(__file__).resolve().parent / "inside" / "to_mlir.py"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is compiled for a chip.
+
+    Without the layer-group pass, which plans what stays in the chip's local memory, a file runs slower, but that pass
+    miscompiles some networks. With high_precision what is sensitive (norms, softmax, ...) computes in F32.
+    """
+
+    precision: str = "F32"
+    layer_groups: bool = True
+    high_precision: bool = False
+
+    def __str__(self) -> str:
+        remedies = [] if self.layer_groups else ["without layer groups"]
+        remedies += ["with high-precision operators"] if self.high_precision else []
+        return " ".join([self.precision, " and ".join(remedies)]).strip()
 
 
 def convert(
@@ -14,26 +35,44 @@ def convert(
 ) -> Path:
     """Compiles an ONNX file of fixed shapes; the network in the bmodel is called after the ONNX file.
 
-    int64 inputs become int32, and floats stay float32 outside whatever the precision inside. Without the layer-group
-    pass a file runs slower, but that pass miscompiles the U-Net on the BM1684: compare before trusting (demo/build.py
-    does).
+    int64 inputs become int32, and floats stay float32 outside whatever the precision inside. The layer-group pass
+    miscompiles the U-Net on the BM1684: compare before trusting (demo/build.py does).
     """
     onnx, out = Path(onnx).resolve(), Path(out).resolve()
+    check_target(chip, precision)
+    if not onnx.is_file():
+        raise CompilerError(f"There is no ONNX file {onnx}.")
+    log = out.with_suffix(".log")
+    with _workplace(out) as folder:
+        names = ("--model_name", onnx.stem, "--model_def", onnx, "--mlir", f"{onnx.stem}.mlir")
+        toolchain.tool("model_transform.py", *names, log=log, cwd=folder)
+        recipe = Recipe(precision, layer_groups=not disable_layer_group)
+        return _deliver(deploy(Path(folder, f"{onnx.stem}.mlir"), chip, recipe, toolchain=toolchain, log=log), out, log)
+
+
+def check_target(chip: str, precision: str):
+    """Raises CompilerError unless `chip`, in lower case, computes in `precision`."""
     if chip not in CHIPS:
         raise CompilerError(f"No chip {chip!r} is known; the compiler is driven for {', '.join(CHIPS)}.")
     if precision not in CHIPS[chip]:
         raise CompilerError(f"{chip} cannot compute in {precision!r}; it offers {', '.join(CHIPS[chip])}.")
-    if not onnx.is_file():
-        raise CompilerError(f"There is no ONNX file {onnx}.")
-    name = onnx.stem
-    with _workplace(out) as folder:
-        log, mlir, whole = out.with_suffix(".log"), f"{name}.mlir", Path(folder, f"{name}.bmodel")
-        names = ("--model_name", name, "--model_def", onnx, "--mlir", mlir)
-        toolchain.tool("model_transform.py", *names, log=log, cwd=folder)
-        extra = ("--disable_layer_group",) if disable_layer_group else ()
-        target = ("--quantize", precision, "--chip", chip, "--model", whole.name)
-        toolchain.tool("model_deploy.py", "--mlir", mlir, *target, *extra, log=log, cwd=folder)
-        return _deliver(whole, out, log)
+
+
+def to_mlir(onnx: Path, folder: Path, *, toolchain: Toolchain, log: Path) -> Path:
+    """One of our own graphs (compiler/networks) in the compiler's form, in little memory; for every chip."""
+    toolchain.python_script(TO_MLIR, Path(onnx).resolve(), log=log, cwd=folder)
+    return _made(Path(folder, f"{Path(onnx).stem}.mlir"), log)
+
+
+def deploy(mlir: Path, chip: str, recipe: Recipe, *, toolchain: Toolchain, log: Path) -> Path:
+    """A bmodel beside `mlir`, in place of one from before."""
+    out = mlir.with_suffix(".bmodel")
+    out.unlink(missing_ok=True)
+    extra = [] if recipe.layer_groups else ["--disable_layer_group"]
+    extra += ["--high_precision"] if recipe.high_precision else []
+    target = ("--quantize", recipe.precision, "--chip", chip, "--model", out.name)
+    toolchain.tool("model_deploy.py", "--mlir", mlir.name, *target, *extra, log=log, cwd=mlir.parent)
+    return _made(out, log)
 
 
 def combine(parts: list[Path], out: Path, *, toolchain: Toolchain) -> Path:
@@ -42,11 +81,12 @@ def combine(parts: list[Path], out: Path, *, toolchain: Toolchain) -> Path:
     Files for the BM1684 cannot be combined (the tool refuses them).
     """
     out = Path(out).resolve()
+    log = out.with_suffix(".log")
     with _workplace(out) as folder:
-        log, whole = out.with_suffix(".log"), Path(folder, "combined.bmodel")
+        whole = Path(folder, "combined.bmodel")
         sources = [Path(p).resolve() for p in parts]
         toolchain.tool("model_tool", "--combine", *sources, "-o", whole, log=log, cwd=folder)
-        return _deliver(whole, out, log)
+        return _deliver(_made(whole, log), out, log)
 
 
 def _workplace(out: Path) -> tempfile.TemporaryDirectory:
@@ -56,9 +96,13 @@ def _workplace(out: Path) -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix=".compiling-", dir=out.parent)
 
 
+def _made(file: Path, log: Path) -> Path:
+    if not file.is_file():
+        raise CompilerError(f"The compiler ended without an error and without a file (its words: {log}).")
+    return file
+
+
 def _deliver(whole: Path, out: Path, log: Path) -> Path:
     """The finished file; the log is of interest only after a failure."""
-    if not whole.is_file():
-        raise CompilerError(f"The compiler ended without an error and without a file (its words: {log}).")
     log.unlink()
     return whole.replace(out)

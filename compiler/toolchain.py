@@ -9,11 +9,15 @@ anything else.
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import CompilerError
+
+HOW_TO_INSTALL = "run 'python -m compiler' in the pack's folder once (it needs Python 3.10 and about 2 GB of disk)"
 PYTHON_VARIABLE = "SOPHGO_COMPILER_PYTHON"
 FOLDER = Path(__file__).resolve().parent.parent / ".local" / "compiler"
 
@@ -43,10 +47,6 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 # The wheel bundles glibc 2.35 and puts it first on the library path; on a newer system every child process then dies
 # with "GLIBC_2.36 not found". The system's own serves.
 BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
-
-
-class CompilerError(Exception):
-    """What went wrong and what to do about it, in one sentence."""
 
 
 def _candidates() -> Iterator[Path]:
@@ -124,25 +124,49 @@ class Toolchain:
     def python(self) -> Path:
         return self.folder / "venv" / "bin" / "python"
 
+    def check(self):
+        """Raises CompilerError, saying how to install it, unless the compiler is there."""
+        if not (self.folder / "stamp").exists():
+            raise CompilerError(f"Sophgo's compiler is not installed on this server: {HOW_TO_INSTALL}.")
+
     def tool(self, name: str, *arguments: str | Path, log: Path, cwd: Path | None = None):
         """Runs one of the compiler's tools, its words appended to `log`."""
+        run([self.python.parent / name, *arguments], log, cwd, self._environment())
+
+    def python_script(
+        self, script: Path, *arguments: str | Path, log: Path, cwd: Path | None = None, seconds: float | None = None
+    ):
+        """Runs a script of ours that uses the compiler's modules; after `seconds` it is ended with a TimeoutError."""
+        run([self.python, script, *arguments], log, cwd, self._environment(), seconds)
+
+    def _environment(self) -> dict[str, str]:
         environment = os.environ | {
             # its tools start each other by name; PATH also keeps them in this environment
             "PATH": os.pathsep.join([str(self.python.parent), os.environ.get("PATH", "")]),
             "PYTHONPATH": str(STUBS),
         }
         environment.pop("PYTHONHOME", None)
-        run([self.python.parent / name, *arguments], log, cwd, environment)
+        return environment
 
 
-def run(command: list[str | Path], log: Path, cwd: Path | None = None, environment: dict[str, str] | None = None):
+def run(
+    command: list[str | Path],
+    log: Path,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    seconds: float | None = None,
+):
     """Runs a command to its end; a failure is an error that quotes its last words and names the log."""
+    arguments, name = [str(c) for c in command], Path(command[0]).name
     with log.open("ab") as words:
-        arguments = [str(c) for c in command]
-        done = subprocess.run(
-            arguments, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=words, stderr=words, check=False
-        )
+        options = {"cwd": cwd, "env": environment, "stdin": subprocess.DEVNULL, "stdout": words, "stderr": words}
+        try:
+            done = subprocess.run(arguments, timeout=seconds, check=False, **options)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{name} took longer than {seconds:.0f} s.") from None
     if done.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
-        what = f"{Path(command[0]).name} failed with exit code {done.returncode}"
+        if done.returncode == -signal.SIGKILL or any("Killed" in line for line in lines[-20:]):
+            raise CompilerError(f"{name} was ended by the system, most likely because memory ran out (log: {log}).")
+        what = f"{name} failed with exit code {done.returncode}"
         raise CompilerError(f"{what}: {lines[-1].strip()[:300]} (all of it: {log}).")

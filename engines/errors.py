@@ -11,3 +11,7 @@ class DeviceError(EngineError):
 
 class WorkerDied(EngineError):
     """The worker process ended in the middle of its work. The next call starts a new one."""
+
+
+class NotFinite(EngineError):
+    """A network answered with NaN or infinite values."""

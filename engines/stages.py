@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .engine import Constant, Engine
-from .errors import EngineError
+from .errors import EngineError, NotFinite
 from .roles import VAE_SCALE, family
 from .tiling import run_tiled
 from .workers import NO_POLL
@@ -60,7 +60,7 @@ class Stage:
         if np.isfinite(array).all():
             return array
         what = "NaN" if np.isnan(array).any() else "infinite values"
-        raise EngineError(f"The {self.title} in {engine.path.name} returned {what}{context}: {self.overflow}.")
+        raise NotFinite(f"The {self.title} in {engine.path.name} returned {what}{context}: {self.overflow}.")
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
@@ -128,6 +128,16 @@ class UNet(Stage):
         self.family = family(self.engines[0].binding, self.engines[0].network)
         self._zeros: dict[tuple[int, ...], Constant] = {}
 
+    @property
+    def tokens(self) -> int:
+        """How long a context it takes; -1 where free."""
+        return self.engines[0].shape("context")[1]
+
+    @property
+    def residuals(self) -> int:
+        """How many residuals of a ControlNet it adds to its skip connections; 0 for one that takes none."""
+        return sum(role.startswith("residual.") and role != "residual.mid" for role in self.engines[0].binding.inputs)
+
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) in pixels of every compiled size; empty if one of them is free."""
         found = {engine.shape("latent", variant)[-2:] for engine, variant in self.variants}
@@ -138,7 +148,7 @@ class UNet(Stage):
         """latent (B,C,h,w), timestep (B,), context (B,77n,D) float32 -> prediction (B,4,h,w) float32.
 
         A timestep goes to an integer network as the nearest integer, to a float network as it is. residuals: role
-        ("residual.0" ... "residual.mid") -> (B,c,h',w') float32, zeros where the network has them and none is given.
+        ("residual.0" ... "residual.mid") -> (B,c,h',w') float32, zeros for those that are not given.
         `where` is added to errors about the numbers ("at step 3 of 20"). Raises EngineError.
         """
         if latent.shape[1] != self.channels:
@@ -154,7 +164,7 @@ class UNet(Stage):
                      "timestep": self._timestep(timestep[rows], engine, variant)}
             for role in engine.binding.inputs:
                 if role.startswith("residual."):
-                    feeds[role] = (pad_rows(residuals[role][rows], batch) if residuals
+                    feeds[role] = (pad_rows(residuals[role][rows], batch) if role in (residuals or {})
                                    else self._zero(engine, role, variant, batch if batch > 0 else len(latent[rows])))
             out = engine.run(feeds, variant, resident={"context"}, poll=self.poll)["prediction"]
             prediction[rows] = self._finite(out[:rows.stop - rows.start], engine, where)
@@ -177,7 +187,11 @@ class UNet(Stage):
                               f"{width}: use the text encoder that belongs to it.")
         if length in (-1, context.shape[1]):
             return context
-        # ComfyUI repeats conditions of different length to a common multiple: exact copies carry nothing new.
+        # Copies of all tokens carry nothing new, as attention weighs them alike: ComfyUI repeats conditions of different
+        # length to a common multiple, and a short prompt is repeated for a network that takes longer ones.
+        times, rest = divmod(length, context.shape[1])
+        if not rest:
+            return np.tile(context, (1, times, 1))
         times, rest = divmod(context.shape[1], length)
         if not rest and (context.reshape(len(context), times, length, width) == context[:, None, :length]).all():
             return context[:, :length]

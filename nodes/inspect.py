@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..compiler.summary import folder_text
 from ..engines.files import read_model
 from ..engines.report import describe
 from . import library
@@ -31,6 +32,8 @@ class SophgoInspect(PackNode):
 
     @classmethod
     def execute(cls, file_name) -> io.NodeOutput:
-        text = "\n\n".join(describe(read_model(file)) for file in library.files(file_name))
+        files = library.files(file_name)
+        summaries = filter(None, map(folder_text, dict.fromkeys(file.parent for file in files)))
+        text = "\n\n".join([*summaries, *(describe(read_model(file)) for file in files)])
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui={"text": (text,)})

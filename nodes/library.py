@@ -8,6 +8,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..engines.alignment.recording import SUFFIX, RecordingError, recording_path
 from ..engines.assembly import Source
 from ..engines.devices import Devices, find_devices
 from ..engines.errors import DeviceError, EngineError
@@ -16,8 +17,10 @@ from ..engines.network import ModelFileError
 
 PACK = Path(__file__).resolve().parent.parent
 FOLDER = "sophgo"                            # models/sophgo, and what extra_model_paths.yaml adds to it
-CHECKPOINTS = (".safetensors", ".ckpt")      # of models/checkpoints, what may be an SDXL for MindSpore
+CHECKPOINTS = "checkpoints"                  # ComfyUI's own folder of whole models
+SDXL_FILES = (".safetensors", ".ckpt")       # in it, what may be an SDXL for MindSpore
 PIPELINE = "model_index.json"                # in a folder of models/diffusers
+RECORDINGS = "recordings"                    # below the server's output folder
 SETTINGS_VARIABLE = "SOPHGO_ASCEND_SETTINGS"
 SETTINGS_NAME = "sophgo_ascend.toml"         # in ComfyUI's user folder
 
@@ -51,8 +54,8 @@ def source(name: str) -> Source:
 
 def sdxl_models() -> dict[str, Path]:
     """What may be an SDXL, by name: checkpoint files, and diffusers folders. Only these can be asked for."""
-    files = [name for name in folder_paths.get_filename_list("checkpoints") if name.lower().endswith(CHECKPOINTS)]
-    found = {name: Path(folder_paths.get_full_path("checkpoints", name)) for name in files}
+    files = [name for name in folder_paths.get_filename_list(CHECKPOINTS) if name.lower().endswith(SDXL_FILES)]
+    found = {name: Path(folder_paths.get_full_path(CHECKPOINTS, name)) for name in files}
     for root in folder_paths.get_folder_paths("diffusers"):
         for folder, below, names in os.walk(root, followlinks=True):      # as stock DiffusersLoader does
             if PIPELINE in names:
@@ -69,6 +72,45 @@ def sdxl_model(name: str) -> Path:
         there = f"there are {', '.join(near)}" if near else "there is none yet"
         raise EngineError(f"There is no SDXL model {str(name)[:80]!r} in models/checkpoints or models/diffusers; {there}.")
     return models[name]
+def checkpoints() -> dict[str, Path]:
+    """.safetensors files of models/checkpoints by name, and the pack's own tiny one where it was built.
+
+    The latter is not made known to ComfyUI, whose own loader cannot load it.
+    """
+    names = [name for name in folder_paths.get_filename_list(CHECKPOINTS) if name.endswith(".safetensors")]
+    mine = sorted((PACK / "demo" / "models" / CHECKPOINTS).glob("*.safetensors"))
+    return {path.name: path for path in mine} | {name: Path(folder_paths.get_full_path(CHECKPOINTS, name)) for name in names}
+
+
+def checkpoint(name: str) -> Path:
+    """The checkpoint called `name`. Raises ModelFileError."""
+    known = checkpoints()
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=5, cutoff=0) or ["none yet"]
+        raise ModelFileError(f"There is no checkpoint '{str(name)[:80]}' in models/checkpoints as .safetensors; there are: "
+                             f"{', '.join(nearest)}.")
+    return known[name]
+
+
+def recordings_folder() -> Path:
+    """Where runs are recorded: output/recordings."""
+    return Path(folder_paths.get_output_directory()) / RECORDINGS
+
+
+def recordings() -> dict[str, Path]:
+    """Recordings by name, and the pack's own one of its tiny model."""
+    folders = (PACK / "demo" / RECORDINGS, recordings_folder())
+    return {path.stem: path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def recording(name: str) -> Path:
+    """The recording called `name`. Raises RecordingError."""
+    wanted, known = recording_path(name, recordings_folder()), recordings()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0)
+        raise RecordingError(f"There is no recording '{wanted.stem}' in output/{RECORDINGS}; there are: "
+                             f"{', '.join(nearest) or 'none yet'}.")
+    return known[name]
 
 
 def devices() -> Devices:
@@ -103,6 +145,12 @@ def sdxl_files(name: str) -> list[Path]:
     """The file called `name`, or everything in the folder. Raises EngineError."""
     path = sdxl_model(name)
     return sorted(path.rglob("*")) if path.is_dir() else [path]
+def file_fingerprint(name: str, find: Callable[[str], Path]) -> tuple:
+    """Changes when the file does that `find` (checkpoint, recording) finds."""
+    try:
+        return _stamp(find(name))
+    except (ModelFileError, RecordingError, OSError):
+        return (name, 0, 0)
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

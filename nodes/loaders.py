@@ -34,8 +34,8 @@ def _long_prompts() -> io.Combo.Input:
     return io.Combo.Input("long_prompts", options=[TRUNCATE, ERROR], default=TRUNCATE, tooltip=LONG_PROMPTS_TOOLTIP)
 
 
-def _clip(stage, long_prompts: str):
-    return as_clip(stage, long_prompts, folder_paths.get_folder_paths("embeddings"))
+def _clip(stage, long_prompts: str, tokens: int = 0):
+    return as_clip(stage, long_prompts, folder_paths.get_folder_paths("embeddings"), tokens)
 
 
 class SophgoLoadCheckpoint(PackNode):
@@ -73,7 +73,7 @@ class SophgoLoadCheckpoint(PackNode):
         vae_encoder = source.vae_encoder(devices, device, poll)
         stages = [stage for stage in (encoder, unet, vae_decoder, vae_encoder) if stage]
         tell("\n".join(stage.describe() for stage in stages), cls.hidden.unique_id)
-        return io.NodeOutput(as_model(unet), _clip(encoder, long_prompts), as_vae(vae_decoder, vae_encoder))
+        return io.NodeOutput(as_model(unet), _clip(encoder, long_prompts, unet.tokens), as_vae(vae_decoder, vae_encoder))
 
 
 class SophgoLoadUNet(PackNode):

@@ -31,6 +31,7 @@ SIMULATOR = LOCAL / "simulator"
 MINDSPORE = LOCAL / "mindspore"
 DEMO_ONNX = PACK / "demo" / "models" / "shapes-onnx"
 DEMO_SDXL = PACK / "demo" / "models" / "diffusers" / "shapes-sdxl"
+DEMO_CHECKPOINT = PACK / "demo" / "models" / "checkpoints" / "shapes.safetensors"
 DEMO_WEIGHTS = PACK / "demo" / "weights"
 HERE = PACK / "tools"
 
@@ -154,6 +155,8 @@ def build_sdxl_demo(tokenizer: Path) -> None:
     python = MINDSPORE / "bin" / "python"
     run(python if python.exists() else sys.executable, "-m", "demo.sdxl.build", "--out", DEMO_SDXL,
         *(["--tokenizer", tokenizer] if tokenizer.is_dir() else []))
+def write_checkpoint() -> None:
+    run(PYTHON, "-m", "demo.checkpoint", "--out", DEMO_CHECKPOINT)
 
 
 def comfyui() -> Path:
@@ -200,6 +203,8 @@ def host() -> None:
     key = contents(*(PACK / "demo" / name for name in ("export.py", "nets.py", "vocabulary.py")),
                    *(DEMO_WEIGHTS / f"{part}.safetensors" for part in ("text_encoder", "unet", "vae")))
     once("demo-onnx", key, "demo model as ONNX", export_demo, DEMO_ONNX)
+    writer = (PACK / "demo" / "checkpoint.py").read_text()
+    once("demo-checkpoint", key + writer, "demo model as a checkpoint", write_checkpoint, DEMO_CHECKPOINT)
 
 
 def dev() -> None:

@@ -43,7 +43,7 @@ NOTE = "MarkdownNote"
 NOTE_SIZE = (900, 110)
 # Where the frontend's size has no room for a text or for what a node shows after a run.
 SIZES = {"CLIPTextEncode": (320, 110), "SophgoTextEncode": (320, 200), "SaveImage": (240, 270), "PreviewImage": (240, 240),
-         "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "StringConcatenate": (260, 160),
+         "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "SophgoCompile": (340, 460), "StringConcatenate": (260, 160),
          "SophgoLoadCheckpoint": (440, 276), "SophgoLoadCLIP": (340, 160), "SophgoLoadUNet": (340, 140),
          "SophgoLoadVAE": (340, 220), "AscendLoadSDXL": (400, 170), "AscendSDXLConditioner": (320, 370),
          "AscendVAEDecode": (230, 46), "AscendVAEEncode": (230, 46)}

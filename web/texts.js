@@ -31,7 +31,8 @@ app.registerExtension({
     definition.display_name = texts.display_name ?? definition.display_name;
     definition.description = texts.description ?? definition.description;
     definition.category = definition.category.split("/").map((part) => categories[part] ?? part).join("/");
-    for (const [name, [, options]] of Object.entries(definition.input?.required ?? {}))
+    const inputs = { ...definition.input?.required, ...definition.input?.optional };
+    for (const [name, [, options]] of Object.entries(inputs))
       if (options && texts.inputs?.[name]?.tooltip) options.tooltip = texts.inputs[name].tooltip;
     definition.output_tooltips = definition.output_tooltips?.map((tooltip, index) => texts.outputs?.[index]?.tooltip ?? tooltip);
   },

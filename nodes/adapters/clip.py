@@ -30,6 +30,9 @@ class EngineTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
         self.stage = stage
 
     def encode(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self(tokens)          # through torch's call, as in ComfyUI's encoders: hooks see it
+
+    def forward(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sections of 77 ids -> hidden (N,77,D), pooled (N,P) or None, float32."""
         if not all(isinstance(token, int) for section in tokens for token in section):
             raise EngineError(f"The prompt names a textual inversion embedding, and {self.stage.names} {self.stage.nature}: "
@@ -42,11 +45,11 @@ class EngineTextEncoder(torch.nn.Module, sd1_clip.ClipTokenWeightEncoder):
 
 
 class CompiledTextEncoder(EngineTextEncoder):
-    """CLIP-L compiled with its last layer alone, for one section."""
+    """CLIP-L compiled with its last layer alone, for as many sections as the U-Net takes."""
 
-    def __init__(self, stage: TextEncoder, long_prompts: str):
+    def __init__(self, stage: TextEncoder, long_prompts: str, sections: int):
         super().__init__(stage)
-        self.long_prompts = long_prompts
+        self.long_prompts, self.sections = long_prompts, sections
 
     def set_clip_options(self, options):
         layer = options.get("layer")
@@ -61,18 +64,18 @@ class CompiledTextEncoder(EngineTextEncoder):
         return super().encode_token_weights(self._fitting(token_weight_pairs))
 
     def _fitting(self, sections: list) -> list:
-        """What the U-Net can take: one section of 77."""
-        if len(sections) <= 1:
+        """What the U-Net can take: so many sections of 77."""
+        if len(sections) <= self.sections:
             return sections
         special = set(SPECIAL_TOKENS.values())
         used = sum(1 for section in sections for token, _ in section if not isinstance(token, int) or token not in special)
-        limit = self.stage.length - 2
+        limit = self.sections * (self.stage.length - 2)
         if self.long_prompts == ERROR:
             raise EngineError(f"The prompt has {used} tokens and {self.stage.names} takes {limit}: shorten it, or set "
                               "long_prompts to 'truncate' in the loader.")
         tell(f"Prompt cut: it has {used} tokens, the compiled model takes {limit}; the rest is ignored.",
              level=logging.WARNING)
-        return sections[:1]
+        return sections[:self.sections]
 
 
 class CompiledCLIP(sd1_clip.SD1ClipModel):
@@ -92,8 +95,13 @@ def engine_clip(tokenizer: type, model: Callable[..., torch.nn.Module], embeddin
     return clip
 
 
-def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str]) -> comfy.sd.CLIP:
-    """The CLIP for a compiled text encoder. long_prompts: TRUNCATE (with a warning on the node) or ERROR."""
+def as_clip(stage: TextEncoder, long_prompts: str, embedding_directory: list[str], tokens: int = 0) -> comfy.sd.CLIP:
+    """The CLIP for a compiled text encoder.
+
+    tokens: what the U-Net takes, where it is known; more of a prompt is cut. long_prompts: TRUNCATE (with a warning on the
+    node) or ERROR.
+    """
     one_of("long_prompts", long_prompts, (TRUNCATE, ERROR))
-    encoder = partial(CompiledCLIP, clip_model=lambda **_: CompiledTextEncoder(stage, long_prompts))
+    sections = max(1, tokens // stage.length)
+    encoder = partial(CompiledCLIP, clip_model=lambda **_: CompiledTextEncoder(stage, long_prompts, sections))
     return engine_clip(sd1_clip.SD1Tokenizer, encoder, embedding_directory)

@@ -52,6 +52,11 @@ def maker(thing: object) -> str:
     return next(ids, f"A node before this one ({name})")
 
 
+def feeds(prompt: dict | None, node_id: str, slot: int) -> bool:
+    """Whether an output of a node is connected to something in an API-format workflow."""
+    return any(value == [node_id, slot] for node in (prompt or {}).values() for value in node.get("inputs", {}).values())
+
+
 def _server():
     from server import PromptServer
     return getattr(PromptServer, "instance", None)

@@ -9,6 +9,7 @@ import torch
 from ...engines.errors import EngineError
 from ...engines.roles import FAMILIES, INPAINT_CHANNELS, LATENT_CHANNELS
 from ...engines.stages import SizeError, Stage, UNet
+from .control import residuals_of
 from .host import maker
 from .patcher import CPU, EnginePatcher, patcher_for
 
@@ -29,16 +30,15 @@ class EngineUNet(torch.nn.Module):
         """x (B,C,h,w), timesteps (B,), context (B,77n,D), SDXL's y (B,V) -> raw prediction (B,4,h,w), float32."""
         options = transformer_options or {}
         self.refuse_patches(options)
-        if control is not None:
-            raise EngineError(f"The U-Net in {self.stage.names} takes no ControlNet residuals: remove the ControlNet.")
         if context is None:
             raise EngineError("The conditioning holds no text context: connect the CLIP that belongs to this model.")
-        arguments = [as_array(tensor) for tensor in (x, timesteps, context, *self.vectors(extra))]
-        return torch.from_numpy(self.stage(*arguments, where=_where(options, timesteps))).to(x.device)
+        arguments = [as_array(tensor) for tensor in (x, timesteps, context)]
+        prediction = self.stage(*arguments, **self.inputs(len(x), control, extra), where=_where(options, timesteps))
+        return torch.from_numpy(prediction).to(x.device)
 
-    def vectors(self, extra: dict) -> tuple:
-        """What the stage takes besides latent, timestep and context."""
-        return ()
+    def inputs(self, batch: int, control: dict | None, extra: dict) -> dict:
+        """What the stage takes besides latent, timestep and context, by its parameters' names."""
+        raise NotImplementedError
 
     def refuse_patches(self, options: dict) -> None:
         patches = {name: patch for kind in ("patches", "patches_replace") for name, patch in options.get(kind, {}).items()
@@ -49,6 +49,11 @@ class EngineUNet(torch.nn.Module):
             raise EngineError(f"{maker(function)} patches the U-Net's inside ({', '.join(sorted(patches))}) and "
                               f"{self.stage.names} {self.stage.nature}: its inside is fixed. Remove that node (FreeU, ToMe, "
                               "IPAdapter and their kind).")
+
+
+class CompiledUNet(EngineUNet):
+    def inputs(self, batch: int, control: dict | None, extra: dict) -> dict:
+        return {"residuals": residuals_of(control, self.stage, batch)}
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
@@ -86,7 +91,7 @@ class CompiledModel(EngineModel, comfy.model_base.BaseModel):
         config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": stage.channels,
                                               "context_dim": stage.width, "model_channels": SD1_CHANNELS})
         super().__init__(config, model_type=comfy.model_base.ModelType.EPS, device=CPU)
-        self.diffusion_model = EngineUNet(stage)
+        self.diffusion_model = CompiledUNet(stage)
         self.latent_size = None      # of the latent that is being sampled
         if stage.channels == INPAINT_CHANNELS:
             self.set_inpaint()

@@ -15,7 +15,7 @@ from ...engines.errors import EngineError
 from ...engines.sdxl.stages import NORMED, PENULTIMATE, SDXL, TextEncoder, UNet
 from .clip import EngineTextEncoder, engine_clip
 from .host import one_of
-from .model import EngineModel, EngineUNet
+from .model import EngineModel, EngineUNet, as_array
 from .patcher import EnginePatcher, Together, patcher_for
 from .vae import EngineVAE
 
@@ -27,8 +27,10 @@ HOW_TO_CONDITION = ("use AscendSDXLConditioner, CLIPTextEncodeSDXL or CLIPTextEn
 
 # -- MODEL ---------------------------------------------------------------------------------------------------------
 class SDXLUNet(EngineUNet):
-    def vectors(self, extra: dict) -> tuple:
-        return extra["y"],
+    def inputs(self, batch: int, control: dict | None, extra: dict) -> dict:
+        if control is not None:
+            raise EngineError(f"The U-Net in {self.stage.names} takes no ControlNet residuals: remove the ControlNet.")
+        return {"y": as_array(extra["y"])}
 
 
 class SDXLModel(EngineModel, comfy.model_base.SDXL):

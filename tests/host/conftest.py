@@ -11,6 +11,7 @@ from tests.host.graphs import CATS, DOGS, TINY_SDXL, Graph
 from tools.comfyui import Server
 from tools.install import DEMO_ONNX, MINDSPORE, comfyui
 
+TEST_NODES = Path(__file__).parent / "custom_nodes" / "testing"
 ARITHMETIC = "arithmetic"      # models whose results can be computed by hand, 64x64 and 128x64 pictures
 
 
@@ -18,6 +19,8 @@ ARITHMETIC = "arithmetic"      # models whose results can be computed by hand, 6
 def base(tmp_path_factory) -> Path:
     """The server's folders, with models to load."""
     folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / "testing").symlink_to(TEST_NODES, target_is_directory=True)
     onnx_nets.checkpoint(folder / "models" / "sophgo" / ARITHMETIC, sizes=((8, 8), (8, 16)))
     return folder
 

@@ -49,6 +49,23 @@ API = {
     "SophgoInspect": (
         {"file_name": "COMBO"},
         {"STRING": "STRING"}),
+    "SophgoLoadReference": (
+        {"ckpt_name": "COMBO"},
+        {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
+    "SophgoRecord": (
+        {"name": "STRING", "limit_mb": "INT", "model": "MODEL", "clip": "CLIP", "vae": "VAE"},
+        {"recording": "RECORDING", "MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
+    "SophgoLoadRecording": (
+        {"recording_name": "COMBO"},
+        {"recording": "RECORDING", "text": "STRING"}),
+    "SophgoParity": (
+        {"reference": "RECORDING", "causes": "COMBO", "reference_images": "IMAGE", "model": "MODEL", "clip": "CLIP",
+         "vae": "VAE", "candidate": "RECORDING", "candidate_images": "IMAGE"},
+        {"text": "STRING", "plot": "IMAGE", "parity": "PARITY"}),
+    "SophgoParityGate": (
+        {"parity": "PARITY", "min_cosine": "FLOAT", "min_cosine_free": "FLOAT", "min_psnr": "FLOAT", "image": "IMAGE",
+         "latent": "LATENT"},
+        {"IMAGE": "IMAGE", "LATENT": "LATENT"}),
     "AscendLoadSDXL": (
         {"model_name": "COMBO", "device": "COMBO", "precision": "COMBO"},
         {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),

@@ -1,0 +1,248 @@
+"""What the networks of a run were given and what they answered, call by call, in one npz file.
+
+A file is an ordinary .npz (float32 and int32 arrays, not compressed, no pickle). A run appends to it call by call, so that
+a run that fails leaves everything up to its failure. Its members:
+
+    about            JSON as uint8: {"version": 1, "name": ..., "networks": {stage: what ran}}
+    NNNN             JSON as uint8, of call NNNN: stage, facts, and for inputs and outputs {argument: member}
+    NNNN.argument    an array; one that equals an earlier one is that member, so a context is kept once
+    full             empty; there if calls were left out because the file had reached its limit
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import EngineError
+from ..roles import ROLES
+
+VERSION = 1
+SUFFIX = ".npz"
+LIMIT_BYTES = 512 << 20
+NAME = re.compile(r"\w[\w .()+-]{0,99}")      # a file name on every system, with nothing of a path in it
+MAX_JSON = 1 << 20                            # bytes; a call's own takes about 500
+# An .npy member as numpy writes it (numpy.lib.format, version 1.0); numpy's own reader evaluates more than is needed here.
+HEADER = re.compile(rb"\x93NUMPY\x01\x00(..)\{'descr': '(<f4|<i4|\|u1)', 'fortran_order': False, 'shape': "
+                    rb"\(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n", re.DOTALL)
+
+
+class RecordingError(EngineError):
+    """A recording cannot be written or read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one network.
+
+    stage: a key of engines.roles.ROLES. inputs, outputs: float32, or int32 for token ids, by argument:
+    text_encoder ids -> hidden, pooled; unet latent, timestep, context, residual.N, residual.mid -> prediction;
+    vae_decoder latent -> image; vae_encoder image -> latent (its mean). Others keep the name the model gives them.
+    facts: of a U-Net call step (from 1), steps, sigma and cond_or_uncond (for each part of the batch 0 condition,
+    1 uncondition); of a text encoder part ("clip_l"). Each may be missing.
+    """
+
+    stage: str
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """" at step 3 of 20", as errors and tables say it; empty for a stage without steps."""
+        return f" at step {self.facts['step']} of {self.facts['steps']}" if "step" in self.facts else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The calls of one run, in their order. Arrays of a file are read when they are asked for."""
+
+    name: str
+    calls: tuple[Call, ...]
+    networks: Mapping[str, str] = field(default_factory=dict)     # stage -> what ran
+    full: bool = False                                            # calls after these were left out
+
+    def of(self, stage: str) -> list[Call]:
+        return [call for call in self.calls if call.stage == stage]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Recording:
+        """Raises RecordingError for a file that is no recording."""
+        path = Path(path)
+        archive = _Archive(path)
+        about = archive.json("about")
+        if about.get("version") != VERSION:
+            raise RecordingError(f"{path.name} is a recording of version {about.get('version')!r} and this pack reads "
+                                 f"version {VERSION}: record again.")
+        try:
+            calls = tuple(_call(archive, archive.json(member)) for member in archive.numbered())
+            return cls(str(about["name"]), calls, {str(k): str(v) for k, v in about["networks"].items()},
+                       "full" in archive.members)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordingError(f"{path.name} is no recording, or a damaged one: record again.") from error
+
+
+def _call(archive: _Archive, entry: dict) -> Call:
+    sides = [_Arrays(archive, {str(k): str(v) for k, v in entry[side].items()}) for side in ("inputs", "outputs")]
+    if entry["stage"] not in ROLES or not set().union(*(side.members.values() for side in sides)) <= archive.members.keys():
+        raise KeyError(entry["stage"])
+    return Call(entry["stage"], *sides, dict(entry["facts"]))
+
+
+def recording_path(name: str, folder: Path) -> Path:
+    """The file of a recording called `name`. Raises RecordingError for a name that is more than a file name."""
+    if not NAME.fullmatch(name) or name != name.rstrip(" ."):
+        raise RecordingError(f"'{name[:80]}' cannot be the name of a recording: use letters, digits, spaces and "
+                             "- _ . ( ) + in it, 100 at most.")
+    return folder / f"{name}{SUFFIX}"
+
+
+class Recorder:
+    """Writes a run into `path`, call by call. The first call replaces a file that is there."""
+
+    def __init__(self, path: Path, name: str, limit_bytes: int = LIMIT_BYTES):
+        self.path, self.name, self.limit = path, name, limit_bytes
+        self.networks: dict[str, str] = {}
+        self.count = self.bytes = 0
+        self.left_out = 0                     # calls that did not fit
+        self.stages: set[str] = set()         # of which there is a call
+        self._members: dict[str, str] = {}    # content hash -> member
+        self._lock = threading.Lock()
+
+    def add(self, stage: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], **facts) -> None:
+        """Keep one call. Raises RecordingError if the file cannot be written; a full one is no error (`left_out`)."""
+        with self._lock:
+            self.stages.add(stage)
+            number = f"{self.count:04d}"
+            entry = {"stage": stage, "facts": facts, "inputs": {}, "outputs": {}}
+            fresh: dict[str, np.ndarray] = {}
+            hashes: dict[str, str] = {}
+            for side, arrays in (("inputs", inputs), ("outputs", outputs)):
+                for argument, array in arrays.items():
+                    array = storable(array)
+                    digest = _digest(array)
+                    member = self._members.get(digest) or hashes.get(digest)
+                    if member is None:
+                        member = f"{number}.{side[:-3]}.{argument}"
+                        fresh[member], hashes[digest] = array, member
+                    entry[side][argument] = member
+            size = sum(array.nbytes for array in fresh.values())
+            if self.left_out or self.bytes + size > self.limit:
+                self.left_out += 1
+                if self.left_out == 1:
+                    self._write({"full": np.zeros(0, np.uint8)})
+                return
+            self._write({**fresh, number: _as_bytes(entry)})
+            self._members.update(hashes)
+            self.count, self.bytes = self.count + 1, self.bytes + size
+
+    def silent(self) -> list[str]:
+        """The networks that are recorded and have not been called yet, in words; of a VAE either half will do."""
+        tapped = {ROLES[stage]: {stage} for stage in self.networks if not stage.startswith("vae")}
+        if halves := {stage for stage in self.networks if stage.startswith("vae")}:
+            tapped["VAE"] = halves
+        return [title for title, stages in tapped.items() if not stages & self.stages]
+
+    def recording(self) -> Recording:
+        """What was recorded up to now. Raises RecordingError where that is nothing."""
+        if not self.count:
+            raise RecordingError(f"Nothing was recorded as '{self.name}' yet: connect the pictures of its run, so that the "
+                                 "run comes first.")
+        return Recording.open(self.path)
+
+    def _write(self, members: dict[str, np.ndarray]) -> None:
+        try:
+            begin = not self.count
+            if begin:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                about = {"version": VERSION, "name": self.name, "networks": self.networks}
+                members = {"about": _as_bytes(about), **members}
+            with zipfile.ZipFile(self.path, "w" if begin else "a", zipfile.ZIP_STORED) as archive:
+                for name, array in members.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                        np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+        except OSError as error:
+            raise RecordingError(f"The recording {self.path.name} could not be written ({error.strerror or error}): free "
+                                 "some space, or lower its limit.") from error
+
+
+def storable(array: np.ndarray) -> np.ndarray:
+    """Floats as float32, whole numbers as int32: what a recording holds."""
+    array = np.asarray(array)
+    return np.ascontiguousarray(array, np.int32 if array.dtype.kind in "iub" else np.float32).reshape(array.shape)
+
+
+def _digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _as_bytes(value: dict) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+class _Archive:
+    """The members of an .npz, read one at a time; nothing of a stranger's file is believed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        except FileNotFoundError:
+            raise RecordingError(f"There is no recording {path.name}.") from None
+        except (OSError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
+            raise RecordingError(f"{path.name} is no recording ({error}).") from error
+        # Not compressed, as we write them: so no member can be larger than its file.
+        if any(info.compress_type != zipfile.ZIP_STORED for info in self.members.values()):
+            raise RecordingError(f"{path.name} is no recording: its arrays are compressed.")
+
+    def numbered(self) -> Iterator[str]:
+        return iter(sorted((name for name in self.members if name.isdecimal()), key=int))
+
+    def json(self, name: str) -> dict:
+        try:
+            if name not in self.members or self.members[name].file_size > MAX_JSON:
+                raise ValueError(name)
+            value = json.loads(self.array(name).tobytes())
+        except (ValueError, RecursionError) as error:
+            raise RecordingError(f"{self.path.name} is no recording, or a damaged one: record again.") from error
+        if not isinstance(value, dict):
+            raise RecordingError(f"{self.path.name} is no recording, or a damaged one: record again.")
+        return value
+
+    def array(self, name: str) -> np.ndarray:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                data = archive.read(f"{name}.npy")
+            header = HEADER.match(data)
+            if header is None:
+                raise ValueError("no array of ours")
+            shape = [int(size) for size in header[3].split(b",") if size.strip()]
+            return np.frombuffer(data, header[2].decode(), offset=header.end()).reshape(shape)
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
+            raise RecordingError(f"{self.path.name} is damaged at '{name[:80]}': record again.") from error
+
+
+class _Arrays(Mapping):
+    """Arrays of a file by argument, read when asked for."""
+
+    def __init__(self, archive: _Archive, members: dict[str, str]):
+        self.archive, self.members = archive, members
+
+    def __getitem__(self, argument: str) -> np.ndarray:
+        return self.archive.array(self.members[argument])
+
+    def __iter__(self):
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)

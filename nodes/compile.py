@@ -1,0 +1,98 @@
+"""Compile: from stock torch models to a folder of bmodels that were compared with their reference."""
+from __future__ import annotations
+
+import comfy.utils
+from comfy_api.latest import io
+
+from ..compiler import CHIPS, CompilerError, Request, Toolchain, compile_checkpoint, parse_sizes
+from ..compiler.request import AUTO, MAX_BATCH, MAX_TOKENS, MINUTE, TOKENS
+from ..compiler.summary import estimate_text, report_text
+from ..compiler.toolchain import FOLDER
+from ..engines.errors import EngineError
+from . import library
+from .adapters.export import parts_of, saved, size_multiple
+from .adapters.host import poll, tell
+from .adapters.provenance import provenance
+from .base import CATEGORY, PackNode
+
+PRECISIONS = [AUTO, *CHIPS["bm1684x"]]
+PROGRESS = 1000        # parts of the progress bar
+
+
+class SophgoCompile(PackNode):
+    ALIASES = ("compile", "bmodel", "convert", "export", "quantize", "tpu-mlir", "onnx", "BM1684", "BM1684X", "编译", "转换")
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SophgoCompile", display_name="Compile (Sophgo)", category=f"{CATEGORY}/compile",
+            description="Compiles stock SD 1.x models, LoRAs included, for a Sophgo TPU, and compares each result with its "
+                        "reference in the simulator. The new folder under models/sophgo is in the loaders at once.",
+            inputs=[
+                io.String.Input("name", default="my-model", tooltip="The new folder's name; it must not exist yet."),
+                io.Combo.Input("chip", options=[chip.upper() for chip in CHIPS], default="BM1684X",
+                               tooltip="The chip to compile for."),
+                _precision("model_precision", "What the U-Net computes in. auto: BF16 on BM1684X, F32 on BM1684, which has "
+                                              "nothing else."),
+                _precision("clip_precision", "What the text encoder computes in. auto: F16 on BM1684X, F32 on BM1684."),
+                _precision("vae_precision", "What the VAE computes in. auto: BF16 on BM1684X, as F16 overflows in some, F32 "
+                                            "on BM1684."),
+                io.String.Input("sizes", default="512x512",
+                                tooltip="Picture sizes to compile, width first, such as 512x512, 768x512. One file each; "
+                                        "multiples of 64."),
+                io.Int.Input("batch_size", default=2, min=1, max=MAX_BATCH,
+                             tooltip="Rows the U-Net takes in a call. 2: condition and uncondition of one picture."),
+                io.Boolean.Input("controlnet", default=False,
+                                 tooltip="A U-Net with inputs for a ControlNet's residuals: a little slower, also without "
+                                         "one."),
+                io.Int.Input("context_length", default=TOKENS, min=TOKENS, max=MAX_TOKENS, step=TOKENS,
+                             tooltip="Tokens the U-Net takes: 77 for each section of a prompt."),
+                io.Float.Input("verify_minutes", default=10.0, min=0.0, max=10000.0, step=1.0,
+                               tooltip="Time for comparing in the simulator, in all. What would take longer is compiled "
+                                       "and not verified."),
+                io.Boolean.Input("dry_run", default=False,
+                                 tooltip="Only say what time, memory and disk it would take."),
+                io.Model.Input("model", optional=True, tooltip="A stock SD 1.x MODEL, with any LoRAs."),
+                io.Clip.Input("clip", optional=True, tooltip="A stock SD 1.x CLIP; CLIP skip is compiled in."),
+                io.Vae.Input("vae", optional=True, tooltip="A stock SD 1.x VAE: encoder and decoder are compiled."),
+            ],
+            outputs=[io.String.Output("text", tooltip="What was compiled, and how it compares with the reference.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, name, chip, model_precision, clip_precision, vae_precision, sizes, batch_size, controlnet,
+                context_length, verify_minutes, dry_run, model=None, clip=None, vae=None) -> io.NodeOutput:
+        try:
+            parts, toolchain, folder = parts_of(model, clip, vae), Toolchain(FOLDER), library.roots()[0]
+            request = Request(
+                checkpoint="", name=name, folder=str(folder), kinds=tuple(part.kind for part in parts), chip=chip.lower(),
+                precisions={"unet": model_precision, "text_encoder": clip_precision, "vae": vae_precision},
+                sizes=parse_sizes(sizes), batch=batch_size, control=controlnet, tokens=context_length,
+                skip=sum(part.skip for part in parts), budget=verify_minutes * MINUTE, dry=dry_run)
+            request.check(size_multiple(model) if model is not None else None)
+            toolchain.check()
+            source = provenance(cls.hidden.prompt, cls.hidden.unique_id, ("model", "clip", "vae"))
+            source["patches"] = {part.kind: part.patches for part in parts if part.patches}
+            bar = comfy.utils.ProgressBar(PROGRESS, node_id=cls.hidden.unique_id)
+            said = []
+
+            def progress(share: float, step: str) -> None:
+                bar.update_absolute(round(share * PROGRESS))
+                if said[-1:] != [step]:
+                    said.append(step)
+                    tell(step, cls.hidden.unique_id)
+
+            progress(0.0, "Saving the weights, with all patches")
+            with saved(parts, folder) as path:
+                found = compile_checkpoint(request.of(path, source), toolchain=toolchain, progress=progress, poll=poll)
+        except CompilerError as error:
+            raise EngineError(str(error)) from error
+        text = (estimate_text if dry_run else report_text)(found)
+        tell(text, cls.hidden.unique_id)
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
+def _precision(id: str, tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(id, options=PRECISIONS, default=AUTO, tooltip=tooltip)

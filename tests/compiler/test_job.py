@@ -1,0 +1,223 @@
+"""A compile as the compiler's Python does it: what it will take, which recipe is accepted, and that nothing is left."""
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compiler import CompilerError, Request, Toolchain, compile_checkpoint, job, plan, verify
+from compiler.checkpoint import Checkpoint
+from compiler.networks import Weights, unet
+from demo import checkpoint as demo
+from tests.conftest import need
+from tools.install import PACK
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    return Checkpoint(demo.write(tmp_path_factory.mktemp("checkpoint") / "shapes.safetensors"))
+
+
+@pytest.fixture
+def request_of(checkpoint, tmp_path):
+    """Requests of the demo's checkpoint."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return lambda **changes: Request(**{"checkpoint": str(checkpoint.path), "name": "shapes", "folder": str(folder),
+                                        "sizes": ((64, 64),), **changes})
+
+
+@pytest.fixture(scope="module")
+def toolchain() -> Toolchain:
+    try:
+        return Toolchain.install()
+    except CompilerError as error:
+        need(False, str(error))
+
+
+# -- what it takes -----------------------------------------------------------------------------------------------------
+def test_each_network_has_its_cost_and_the_budget_is_spent_in_order(checkpoint, request_of):
+    asked = request_of(sizes=((64, 64), (128, 64)))
+    costs = list(plan.costs(asked, checkpoint))
+    assert [cost.name for cost in costs] == ["text_encoder", "unet_64x64", "unet_128x64", "vae_encoder_64x64",
+                                             "vae_decoder_64x64", "vae_encoder_128x64", "vae_decoder_128x64"]
+    assert all(cost.verified for cost in costs) and costs[2].simulate > costs[1].simulate
+    tight = list(plan.costs(request_of(budget=costs[0].simulate + costs[1].simulate + 0.1), checkpoint))
+    assert [cost.verified for cost in tight] == [True, True, False, False]
+    assert not any(cost.verified for cost in plan.costs(request_of(budget=0), checkpoint))
+
+
+def test_sizes_are_multiples_of_what_the_unet_halves(checkpoint, request_of):
+    """The demo's U-Net has two levels: 16 pixels."""
+    plan.check(request_of(sizes=((80, 64),)), checkpoint)
+    plan.check(request_of(sizes=((72, 64),), kinds=("vae",)), checkpoint)
+    with pytest.raises(CompilerError, match="multiples of 16"):
+        plan.check(request_of(sizes=((72, 64),)), checkpoint)
+
+
+@pytest.mark.parametrize(("short", "words"), [
+    ("memory", "Compiling text_encoder needs about .* of memory and 100 MB are free"),
+    ("disk", "Compiling 'shapes' needs about .* of disk in .* and 100 MB are free"),
+])
+def test_too_little_memory_or_disk_is_said_before_anything_starts(checkpoint, request_of, monkeypatch, short, words):
+    free = {"memory": 1e12, "disk": 1e12, short: 100e6}
+    monkeypatch.setattr(plan, "free_memory", lambda: free["memory"])
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e12, 0, free["disk"]))
+    with pytest.raises(CompilerError, match=words):
+        plan.refuse_if_too_large(request_of(), list(plan.costs(request_of(), checkpoint)))
+
+
+def test_free_memory_is_some():
+    assert 1e8 < plan.free_memory() < 1e14
+
+
+def test_a_disk_that_becomes_full_is_said_so(request_of, monkeypatch):
+    asked = request_of()
+    assert "became full" in job.sentence(OSError(errno.ENOSPC, "No space left on device"), asked)
+    assert "failed unexpectedly: PermissionError" in job.sentence(PermissionError(errno.EACCES, "no"), asked)
+    assert job.sentence(CompilerError("A tool failed."), asked) == "A tool failed."
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e12, 1e12, 0))
+    assert "became full" in job.sentence(CompilerError("A tool failed."), asked)      # which is then the cause
+
+
+# -- accepting ---------------------------------------------------------------------------------------------------------
+class FakeCompiler:
+    """In place of the compiler and the simulator: which recipes and blocks come out right is said beforehand."""
+
+    def __init__(self, monkeypatch, good: set[str], bad_block: str = ""):
+        self.good, self.bad_block, self.tried, self.seconds = good, bad_block, [], 1.0
+        monkeypatch.setattr(job, "to_mlir", lambda onnx, folder, **_: folder / f"{onnx.stem}.mlir")
+        monkeypatch.setattr(job, "deploy", self.deploy)
+        monkeypatch.setattr(verify, "simulate", self.simulate)
+        monkeypatch.setattr(job, "tell", lambda message: None)
+
+    def deploy(self, mlir, chip, recipe, **_):
+        self.tried.append(str(recipe))
+        path = mlir.with_suffix(".bmodel")
+        path.write_text(str(recipe))
+        return path
+
+    def simulate(self, bmodel, chip, feeds, toolchain, log, patience):
+        if self.seconds > patience:
+            raise TimeoutError
+        reference = next(bmodel.parents[1].glob(f"result/{bmodel.stem}.onnx"))
+        answers = list(verify.reference(reference, feeds).values())
+        if bmodel.stem.endswith("_part"):
+            (name,) = [output.name for output in onnxruntime.InferenceSession(reference).get_outputs()]
+            right = name.split("/")[0] < self.bad_block
+        else:
+            right = bmodel.read_text() in self.good
+        return [answer if right else answer + np.abs(answer).max() for answer in answers], self.seconds
+
+
+def whole(request: Request, tmp_path) -> dict:
+    work = tmp_path / "work"
+    work.mkdir()
+    return job.Job(request, Toolchain(tmp_path), work, tmp_path / "log").run()
+
+
+def test_the_first_recipe_that_computes_the_same_is_taken_and_told(request_of, monkeypatch, tmp_path):
+    fake = FakeCompiler(monkeypatch, good={"BF16", "F16 without layer groups"})
+    report = whole(request_of(kinds=("unet",), precisions={"unet": "F16"}), tmp_path)
+    assert fake.tried == ["F16", "F16 without layer groups"]
+    (file,) = report["files"]
+    assert file["recipe"] == "F16 without layer groups" and file["verified"] and file["precision"] == "F16"
+    assert [attempt["recipe"] for attempt in file["attempts"]] == fake.tried
+    assert file["attempts"][1]["parity"]["prediction"]["cosine"] == pytest.approx(1)
+    written = json.loads((request_of().out / "model.json").read_text())
+    assert written == json.loads(json.dumps(report)) and written["weights_sha256"] and written["options"]["batch"] == 2
+    assert {path.name for path in request_of().out.iterdir()} == {"model.json", "unet.weights", "unet_64x64.bmodel",
+                                                                  "unet_64x64.onnx"}
+
+
+def test_if_none_is_right_the_recipes_and_the_block_are_named(request_of, monkeypatch, tmp_path):
+    """Everything from the middle block on is wrong."""
+    fake = FakeCompiler(monkeypatch, good=set(), bad_block="middle_block")
+    with pytest.raises(CompilerError) as error:
+        whole(request_of(kinds=("unet",), chip="bm1684"), tmp_path)
+    said = str(error.value)
+    assert said.startswith("The U-Net 64x64 compiled for BM1684 does not compute what its reference does "
+                           "(F32 without layer groups cosine 0.")
+    assert "it goes wrong in 'middle_block'" in said and "\n" not in said
+    assert len(fake.tried) <= 1 + 4, "halving"
+    assert not request_of().out.exists()
+
+
+def test_without_time_to_compare_it_is_not_verified(request_of, monkeypatch, tmp_path):
+    FakeCompiler(monkeypatch, good=set())
+    (file,) = whole(request_of(kinds=("unet",), budget=1.0), tmp_path)["files"]
+    assert not file["verified"] and file["recipe"] == "BF16"
+
+
+def test_a_simulation_that_takes_too_long_is_given_up(request_of, monkeypatch, tmp_path):
+    fake = FakeCompiler(monkeypatch, good=set())
+    fake.seconds = 1000.0
+    (file,) = whole(request_of(kinds=("unet",), budget=100.0), tmp_path)["files"]
+    assert not file["verified"] and len(fake.tried) == 1
+
+
+def test_a_part_of_a_network_computes_its_blocks_result(checkpoint, tmp_path):
+    with Weights(tmp_path / "unet.weights") as weights:
+        graph = unet(checkpoint.part("unet"), weights, 64, 64)
+        path = graph.save(tmp_path)
+    feeds = verify.inputs(graph, {})
+    names = [name for name, _ in graph.blocks]
+    assert names == [*(f"input_blocks.{i}" for i in range(4)), "middle_block", *(f"output_blocks.{i}" for i in range(4))]
+    shapes = []
+    for name, value in graph.blocks:
+        ((got, array),) = verify.reference(verify.up_to(path, value), feeds).items()
+        assert got == value.name and array.shape == value.shape and name in got
+        shapes.append(array.shape[1:])
+    assert shapes == [(32, 8, 8), (32, 8, 8), (32, 4, 4), (64, 4, 4), (64, 4, 4), (64, 4, 4), (64, 8, 8), (32, 8, 8),
+                      (32, 8, 8)]
+
+
+def test_what_networks_are_tried_with(checkpoint):
+    graph = unet(checkpoint.part("unet", dry=True), Weights(None), 64, 64, batch=3, tokens=154, control=True)
+    context = np.random.default_rng(0).standard_normal((1, 77, 64)).astype(np.float32)
+    arrays = verify.inputs(graph, {"context": context})
+    assert {name: array.shape for name, array in arrays.items()} == {value.name: value.shape for value in graph.inputs}
+    assert arrays["timestep"].tolist() == [601, 564, 527]
+    np.testing.assert_array_equal(arrays["context"][0, :77], context[0])
+    assert not np.array_equal(arrays["context"][0], arrays["context"][1])
+
+
+# -- the real process --------------------------------------------------------------------------------------------------
+def test_the_shell_says_what_it_would_take(toolchain, checkpoint, tmp_path):
+    command = [sys.executable, "-m", "compiler", str(checkpoint.path), "--out", str(tmp_path), "--sizes", "64x64"]
+    done = subprocess.run([*command, "--dry-run"], cwd=PACK, capture_output=True, text=True, check=True)
+    for words in ("text_encoder", "unet_64x64", "vae_decoder_64x64", "in all about", "of disk while it runs"):
+        assert words in done.stdout
+    assert not list(tmp_path.iterdir())
+    done = subprocess.run([*command, "--sizes", "65x64"], cwd=PACK, capture_output=True, text=True)
+    assert done.returncode == 1 and "multiples of 8" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_model_is_refused_by_the_job(toolchain, tmp_path):
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({name: torch.zeros(64, 2048)}, tmp_path / "sdxl.safetensors")
+    asked = Request(str(tmp_path / "sdxl.safetensors"), "sdxl", str(tmp_path / "models"), kinds=("unet",))
+    with pytest.raises(CompilerError, match="'sdxl.safetensors' is SDXL"):
+        compile_checkpoint(asked, toolchain=toolchain)
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_cancelled_compile_leaves_nothing(toolchain, request_of):
+    steps, asked = [], request_of()
+
+    def poll():
+        if steps and "reading it into the compiler" in steps[-1]:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        compile_checkpoint(asked, toolchain=toolchain, progress=lambda share, step: steps.append(step), poll=poll)
+    time.sleep(0.5)
+    assert not list(asked.out.parent.iterdir())
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert asked.folder not in listed, "a tool still runs"
