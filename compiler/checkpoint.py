@@ -28,6 +28,15 @@ BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOO
 MAX_HEADER_BYTES = 100 << 20  # as safetensors itself has it
 SD1_WIDTH = 768  # of the context
 OTHER_FAMILIES = {1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
+# The beginnings of names that tell a family, or another layout, whatever else there is.
+OTHER_NAMES = {
+    "model.diffusion_model.label_emb.": "SDXL",
+    "conditioner.": "SDXL",
+    "cond_stage_model.model.": "SD 2.x",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "model.diffusion_model.joint_blocks.": "SD 3",
+}
+DIFFUSERS = ("down_blocks.", "unet.down_blocks.", "encoder.down_blocks.", "vae.encoder.", "text_model.encoder.")
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class Checkpoint:
             begin, end = entry["data_offsets"]
             tensor = Tensor(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
             bits = BITS.get(tensor.dtype) or 8 * np.dtype(DTYPES[tensor.dtype]).itemsize
-            if not 0 <= begin <= end or any(side < 0 for side in tensor.shape):
+            if not 0 <= begin <= end or not all(isinstance(side, int) and side >= 0 for side in tensor.shape):
                 raise ValueError
             if tensor.bytes * 8 != bits * math.prod(tensor.shape):
                 raise ValueError
@@ -122,7 +131,7 @@ class Checkpoint:
             self.conventions[kind] = said
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor's numbers as float32, in memory of their own."""
+        """A tensor's numbers as float32, in memory of their own. Raises CompilerError if they are no numbers."""
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
             raise CompilerError(
@@ -132,8 +141,14 @@ class Checkpoint:
         count = math.prod(tensor.shape)
         numbers = np.fromfile(self.path, DTYPES[tensor.dtype], count, offset=tensor.start).reshape(tensor.shape)
         if tensor.dtype == "BF16":
-            return (numbers.astype(np.uint32) << 16).view(np.float32)
-        return numbers.astype(np.float32, copy=False)
+            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+        numbers = numbers.astype(np.float32, copy=False)
+        if not np.isfinite(numbers).all():
+            raise CompilerError(
+                f"'{self.path.name}' is damaged: '{name}' has NaN or infinity among its numbers, so every picture would be "
+                "black; take it from where it came from again, or merge it anew."
+            )
+        return numbers
 
     def parts(self) -> list[str]:
         """The kinds of networks in it, of PREFIXES."""
@@ -147,22 +162,31 @@ class Checkpoint:
 
         Raises CompilerError if it is not there, or of another family than SD 1.x.
         """
+        self._refuse_other_families()
         for prefix in PREFIXES[kind]:
             if self._holds(prefix):
                 part = Part(self, kind, prefix)
                 part.dry = dry
-                self._refuse_other_families(part)
                 return part
         held = ", ".join(TITLES[kind] for kind in self.parts()) or "none of the networks of SD 1.x"
-        raise CompilerError(f"'{self.path.name}' holds no {TITLES[kind]}, only: {held}; pick another checkpoint.")
+        raise CompilerError(
+            f"'{self.path.name}' holds no {TITLES[kind]}, only: {held}; pick another checkpoint, or leave that part out."
+        )
 
-    def _refuse_other_families(self, part: Part):
-        width = next((t.shape[1] for n, t in part.tensors.items() if n.endswith("attn2.to_k.weight")), None)
-        family = OTHER_FAMILIES.get(width)
-        if any(name.startswith("label_emb.") for name in part.tensors):
-            family = family or "SDXL"
-        if any("time_stack" in name or "time_mixer" in name for name in part.tensors):
+    def _refuse_other_families(self):
+        """Whatever part is asked for: another family's VAE would be compiled, and never fit."""
+        widths = (t.shape[1] for n, t in self.tensors.items() if n.endswith("attn2.to_k.weight") and len(t.shape) == 2)
+        family = OTHER_FAMILIES.get(next(widths, None))
+        for beginning, known in OTHER_NAMES.items():
+            if self._holds(beginning):
+                family = family or known
+        if any("time_stack" in name or "time_mixer" in name for name in self.tensors):
             family = "a video model"
+        if not family and not self.parts() and any(map(self._holds, DIFFUSERS)):
+            raise CompilerError(
+                f"'{self.path.name}' is one network in diffusers' layout: load its parts in ComfyUI and compile them there, "
+                "or save them as one checkpoint with CheckpointSave."
+            )
         if family:
             raise CompilerError(
                 f"'{self.path.name}' is {family}, and what can be compiled here is SD 1.x, whose U-Net takes a context "

@@ -34,10 +34,14 @@ def compile_checkpoint(
     what it raises ends the compile, and nothing is left of it. Raises CompilerError in one sentence.
     """
     toolchain.check()
-    Path(request.folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(request.folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompilerError(f"{request.folder}, for '{request.name}', cannot be made: {error.strerror}.") from None
     with tempfile.TemporaryFile() as words, _process(toolchain, words) as process:
-        process.stdin.write(request.to_json().encode() + b"\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and its last words say why
+            process.stdin.write(request.to_json().encode() + b"\n")
+            process.stdin.flush()
         lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         done, step = 0.0, {"step": "Starting the compiler", "share": 0.0, "seconds": 1.0}
@@ -71,12 +75,13 @@ def _process(toolchain: Toolchain, words):
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()  # it then ends by itself, and removes what it wrote
-        try:
-            process.wait(EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        patience = time.monotonic() + EXIT_SECONDS
+        # asked without collecting it, so that its number, the group's, is no one else's yet
+        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) and time.monotonic() < patience:
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # it, if it did not end, and what it left if it died
+        process.wait()
         process.stdout.close()
 
 

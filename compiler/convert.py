@@ -1,10 +1,11 @@
 """ONNX files to bmodels: to the compiler's own form, from there to a chip's, and several bmodels to one."""
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CompilerError
+from .errors import CompilerError, ToolFailed
 from .toolchain import Toolchain
 
 # The precisions each chip can be compiled for without calibration. The BM1684 has no 16-bit floats.
@@ -65,13 +66,19 @@ def to_mlir(onnx: Path, folder: Path, *, toolchain: Toolchain, log: Path) -> Pat
 
 
 def deploy(mlir: Path, chip: str, recipe: Recipe, *, toolchain: Toolchain, log: Path) -> Path:
-    """A bmodel beside `mlir`, in place of one from before."""
+    """A bmodel beside `mlir`, in place of one from before. Raises ToolFailed where this recipe does not compile."""
     out = mlir.with_suffix(".bmodel")
     out.unlink(missing_ok=True)
+    before = {*mlir.parent.iterdir(), out}
     extra = [] if recipe.layer_groups else ["--disable_layer_group"]
     extra += ["--high_precision"] if recipe.high_precision else []
     target = ("--quantize", recipe.precision, "--chip", chip, "--model", out.name)
-    toolchain.tool("model_deploy.py", "--mlir", mlir.name, *target, *extra, log=log, cwd=mlir.parent)
+    try:
+        toolchain.tool("model_deploy.py", "--mlir", mlir.name, *target, *extra, log=log, cwd=mlir.parent)
+    finally:
+        # it leaves the weights as they were in between, which for a U-Net are gigabytes with every recipe
+        for path in {*mlir.parent.iterdir()} - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return _made(out, log)
 
 
@@ -98,7 +105,7 @@ def _workplace(out: Path) -> tempfile.TemporaryDirectory:
 
 def _made(file: Path, log: Path) -> Path:
     if not file.is_file():
-        raise CompilerError(f"The compiler ended without an error and without a file (its words: {log}).")
+        raise ToolFailed(f"The compiler ended without an error and without a file (its words: {log}).")
     return file
 
 

@@ -2,8 +2,8 @@
 
     python -m compiler.job        the request is the first line of stdin, as JSON (request.py)
 
-It ends when stdin does, cleaning up: so it outlives neither a cancel nor the server. What it says is one JSON object a
-line on stdout, of these kinds:
+It ends when stdin does, or on SIGTERM, cleaning up: so it outlives neither a cancel nor the server. What it says is one
+JSON object a line on stdout, of these kinds:
 
     {"step": text, "share": 0.2, "seconds": 40}   what is done now, its part of the whole, and how long it may take
     {"done": report}                              the folder is there; the report is in its model.json too
@@ -11,6 +11,7 @@ line on stdout, of these kinds:
     {"error": sentence}
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -31,17 +32,16 @@ from engines.files import content_hash
 from . import plan, verify
 from .checkpoint import Checkpoint
 from .convert import Recipe, deploy, to_mlir
-from .errors import CompilerError
+from .errors import CompilerError, ToolFailed
 from .networks import Graph, Weights
 from .plan import Cost, Network
 from .recipes import Attempt, first_bad_block, recipes
 from .request import Request
 from .summary import FORMAT, MODEL_JSON
-from .toolchain import COMPILER, Toolchain
+from .toolchain import COMPILER, NEARLY_FULL, Toolchain
+from .workplace import workplace
 
-WORK = ".compiling-"  # what the folder is called before it is whole; loaders do not list it
 NICE = 5  # the server stays responsive
-NEARLY_FULL = 50e6
 
 
 class Job:
@@ -68,8 +68,19 @@ class Job:
             weights.close()
         report = self.report(checkpoint, files)
         (self.result / MODEL_JSON).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.result.rename(self.request.out)
+        self.deliver()
         return report
+
+    def deliver(self):
+        try:
+            self.result.rename(self.request.out)
+        except OSError:
+            if not self.request.out.exists():
+                raise
+            raise CompilerError(
+                f"There is a '{self.request.name}' by now, which was not there when this compile began: remove it or choose "
+                "another name, and compile again."
+            ) from None
 
     def make(self, network: Network, checkpoint: Checkpoint, cost: Cost) -> dict:
         """One bmodel and its ONNX reference in the result folder: what model.json says of it."""
@@ -107,14 +118,18 @@ class Job:
     ) -> tuple[list[Attempt], Path]:
         """Compiles by one recipe after the other until the result computes what the reference does.
 
-        Without time to simulate the first recipe is taken, and not verified. Raises CompilerError when none is good.
+        Without time to simulate the first that compiles is taken, and not verified. Raises CompilerError when none is good.
         """
         chip, attempts, feeds, wanted = self.request.chip, [], {}, {}
         for recipe in recipes(network.stage, chip, network.precision):
             self.say(f"{network.title}: compiling for {chip.upper()} in {recipe}", cost.deploy)
-            bmodel = deploy(mlir, chip, recipe, toolchain=self.toolchain, log=self.log)
-            if not attempts and (cost.simulate > self.budget or not cost.verified):
-                return [Attempt(recipe)], bmodel
+            try:
+                bmodel = deploy(mlir, chip, recipe, toolchain=self.toolchain, log=self.log)
+            except ToolFailed as failure:
+                attempts.append(Attempt(recipe, failure=str(failure)))
+                continue
+            if not wanted and (cost.simulate > self.budget or not cost.verified):
+                return [*attempts, Attempt(recipe)], bmodel
             if not wanted:
                 feeds = verify.inputs(graph, self.known)
                 wanted = verify.reference(reference, feeds)
@@ -124,8 +139,8 @@ class Job:
                 attempts.append(self.compare(recipe, bmodel, feeds, wanted))
             except TimeoutError:
                 self.budget = 0.0
-                if not attempts:
-                    return [Attempt(recipe)], bmodel
+                if not any(attempt.parity for attempt in attempts):
+                    return [*attempts, Attempt(recipe)], bmodel
             if attempts[-1].good:
                 return attempts, bmodel
             if cost.simulate > self.budget:
@@ -145,8 +160,12 @@ class Job:
 
     def failure(self, network: Network, graph: Graph, reference: Path, attempts: list[Attempt], feeds: dict) -> str:
         """Why none was good, in one sentence, with the block where the best one goes wrong."""
-        tried = "; ".join(f"{attempt.recipe} cosine {attempt.cosine:.5f}" for attempt in attempts)
-        best = max(attempts, key=lambda attempt: attempt.cosine)
+        if not feeds:
+            return attempts[0].failure
+        tried = "; ".join(
+            f"{a.recipe} " + ("does not compile" if a.failure else f"cosine {a.cosine:.5f}") for a in attempts
+        )
+        best = max(attempts, key=lambda attempt: (bool(attempt.parity), attempt.cosine))
         blocks = dict(graph.blocks)
 
         def good(name: str) -> bool:
@@ -159,7 +178,8 @@ class Job:
 
         found = ""
         if best.seconds * len(blocks).bit_length() < self.budget:
-            found = f"; it goes wrong in '{first_bad_block(list(blocks), good)}'"
+            with contextlib.suppress(TimeoutError, ToolFailed):  # a part may take longer, or not compile
+                found = f"; it goes wrong in '{first_bad_block(list(blocks), good)}'"
         return (
             f"The {network.title} compiled for {self.request.chip.upper()} does not compute what its reference does "
             f"({tried}){found}; use another precision, or leave this part out and keep its stock model."
@@ -211,39 +231,57 @@ def sentence(error: Exception, request: Request) -> str:
     return f"Compiling '{request.name}' failed unexpectedly: {type(error).__name__}: {' '.join(str(error).split())[:300]}."
 
 
-def end_with_stdin(work: Path, log: Path):
-    """When the server closes the pipe, or is gone, everything that was started ends, and nothing is left."""
-    sys.stdin.buffer.read()
-    os.killpg(os.getpgrp(), signal.SIGTERM)  # the compiler's tools; this process leads the group and does not listen
-    log.unlink(missing_ok=True)
-    for _ in range(50):
-        shutil.rmtree(work, ignore_errors=True)
-        if not work.exists():
-            break
-        time.sleep(0.1)
-    os._exit(1)
+class Ending:
+    """Ends everything that was started, and leaves nothing: when the server closes the pipe or is gone, or on SIGTERM."""
+
+    def __init__(self):
+        self.begun = threading.Lock()
+        self.leftovers: list[Path] = []
+        # what is started does not inherit this, as it would "ignore"
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
+
+    def with_stdin(self):
+        # not through sys.stdin, whose lock a thread that waits there would keep beyond the interpreter's end
+        while os.read(0, 4096):
+            pass
+        self.end()
+
+    def end(self):
+        if not self.begun.acquire(blocking=False):
+            return
+        os.killpg(os.getpgrp(), signal.SIGTERM)  # the compiler's tools, and this process, which leads the group
+        for _ in range(50):
+            for path in self.leftovers:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if not any(path.exists() for path in self.leftovers):
+                break
+            time.sleep(0.1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # what did not listen or was started since, and this process
 
 
 def main():
     os.nice(NICE)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # what it starts does not inherit this, as it would "ignore"
+    ending = Ending()
     request = Request.from_json(sys.stdin.buffer.readline().decode())
+    threading.Thread(target=ending.with_stdin, daemon=True).start()
     # what libraries print must not get among the messages
     sys.__stdout__ = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        tell(estimates(request) if request.dry else whole(request))
+        message = estimates(request) if request.dry else whole(request, ending)
     except Exception as error:
-        tell({"error": sentence(error, request)})
+        message = {"error": sentence(error, request)}
+    ending.begun.acquire()  # what is left now is to stay
+    tell(message)
 
 
-def whole(request: Request) -> dict:
+def whole(request: Request, ending: Ending) -> dict:
     """Compiles in a folder beside the one to be, and gives the message to end with. The log stays if that names it."""
-    work = Path(tempfile.mkdtemp(prefix=WORK, dir=request.folder))
+    work = workplace(Path(request.folder), request.name)
     handle, path = tempfile.mkstemp(prefix="sophgo-compile-", suffix=".log")
     os.close(handle)
     log = Path(path)
-    threading.Thread(target=end_with_stdin, args=(work, log), daemon=True).start()
+    ending.leftovers += [work, log]
     try:
         message = {"done": Job(request, Toolchain(Path(sys.prefix).parent), work, log).run()}
     except Exception as error:

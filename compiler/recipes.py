@@ -35,11 +35,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A recipe that was compiled and, with `parity` by output, compared."""
+    """A recipe that was compiled and, with `parity` by output, compared; or one that did not compile, and why."""
 
     recipe: Recipe
     parity: dict[str, Parity] = field(default_factory=dict)
     seconds: float = 0.0  # of the simulated call
+    failure: str = ""
 
     @property
     def cosine(self) -> float:
@@ -50,9 +51,9 @@ class Attempt:
         return self.cosine >= TOLERANCE[self.recipe.precision]
 
     def to_dict(self) -> dict:
-        return {"recipe": str(self.recipe), "seconds": round(self.seconds, 1)} | {
-            "parity": {output: asdict(parity) for output, parity in self.parity.items()}
-        }
+        parity = {output: asdict(parity) for output, parity in self.parity.items()}
+        found = {"recipe": str(self.recipe), "seconds": round(self.seconds, 1), "parity": parity}
+        return found | ({"failure": self.failure} if self.failure else {})
 
 
 def recipes(stage: str, chip: str, precision: str) -> Iterator[Recipe]:

@@ -19,7 +19,7 @@ BEST = {
 TOKENS = 77
 LATENT = 8  # picture pixels for one element of a latent
 MAX_SIDE, MAX_SIZES, MAX_BATCH, MAX_TOKENS = 4096, 8, 16, 10 * TOKENS
-MAX_NAME = 80
+MAX_NAME, MAX_NAME_BYTES = 80, 240
 MINUTE = 60.0
 
 
@@ -69,7 +69,8 @@ class Request:
 
         multiple: of what the sizes must be, where it is known: a U-Net of n levels halves a latent n - 1 times.
         """
-        if not re.fullmatch(r"[^\W_][\w. ()+-]*", self.name) or len(self.name) > MAX_NAME or self.name.endswith((" ", ".")):
+        fits = len(self.name) <= MAX_NAME and len(self.name.encode()) <= MAX_NAME_BYTES
+        if not fits or not re.fullmatch(r"[^\W_][\w. ()+-]*", self.name) or self.name.endswith((" ", ".")):
             raise CompilerError(
                 f"{self.name[:MAX_NAME]!r} is no name for a folder of models: use letters, digits, spaces and . _ - + ()."
             )

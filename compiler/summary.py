@@ -60,7 +60,10 @@ def report_text(report: dict) -> str:
     lines = [f"'{report['name']}' for {report['chip']}, compiled by {report['versions']['compiler']}", table(rows)]
     for file in report["files"]:
         if len(file["attempts"]) > 1:
-            failed = "; ".join(f"{a['recipe']}: cosine {worst(a):.5f}" for a in file["attempts"][:-1])
+            failed = "; ".join(
+                f"{a['recipe']}: " + ("not compiled" if "failure" in a else f"cosine {worst(a):.5f}")
+                for a in file["attempts"][:-1]
+            )
             lines.append(f"{file['file']}: {failed} did not do, {file['recipe']} did")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CompilerError
+from .errors import CompilerError, ToolFailed
 
 HOW_TO_INSTALL = "run 'python -m compiler' in the pack's folder once (it needs Python 3.10 and about 2 GB of disk)"
 PYTHON_VARIABLE = "SOPHGO_COMPILER_PYTHON"
@@ -47,6 +47,9 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 # The wheel bundles glibc 2.35 and puts it first on the library path; on a newer system every child process then dies
 # with "GLIBC_2.36 not found". The system's own serves.
 BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
+# What is printed where memory ran out, by a shell of what the system killed, by C++ and by Python.
+OUT_OF_MEMORY = ("Killed", "bad_alloc", "MemoryError", "Cannot allocate memory")
+NEARLY_FULL = 50e6  # bytes free on a disk where a tool failed: then that was the cause
 
 
 def _candidates() -> Iterator[Path]:
@@ -165,8 +168,12 @@ def run(
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{name} took longer than {seconds:.0f} s.") from None
     if done.returncode:
+        # before what it wrote is removed
+        place = cwd or log.parent
+        if shutil.disk_usage(place).free < NEARLY_FULL:
+            raise CompilerError(f"The disk of {place} became full while {name} ran: make room there and try again.")
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
-        if done.returncode == -signal.SIGKILL or any("Killed" in line for line in lines[-20:]):
+        if done.returncode == -signal.SIGKILL or any(sign in line for line in lines[-20:] for sign in OUT_OF_MEMORY):
             raise CompilerError(f"{name} was ended by the system, most likely because memory ran out (log: {log}).")
         what = f"{name} failed with exit code {done.returncode}"
-        raise CompilerError(f"{what}: {lines[-1].strip()[:300]} (all of it: {log}).")
+        raise ToolFailed(f"{what}: {lines[-1].strip()[:300]} (all of it: {log}).")

@@ -56,6 +56,8 @@ def main():
     converter.generate_mlir(f"{path.stem}_origin.mlir")
     del converter
     mlir_opt_for_top(f"{path.stem}_origin.mlir", f"{path.stem}.mlir")
+    for made in Path.cwd().glob(f"{path.stem}*_origin*"):  # the weights a second time
+        made.unlink()
 
 
 assert tpu_mlir  # imported for what it does
