@@ -1,7 +1,9 @@
 """A compile as the compiler's Python does it: what it will take, which recipe is accepted, and that nothing is left."""
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,10 +15,16 @@ import torch
 from safetensors.torch import save_file
 
 from compiler import CompilerError, Request, Toolchain, compile_checkpoint, job, plan, verify
+from compiler import toolchain as tools
 from compiler.checkpoint import Checkpoint
+from compiler.convert import Recipe, deploy
+from compiler.errors import ToolFailed
 from compiler.networks import Weights, unet
+from compiler.summary import estimate_text, report_text
+from compiler.workplace import workplace
 from demo import checkpoint as demo
 from tests.conftest import need
+from tests.helpers.sd15 import write_sparse
 from tools.install import PACK
 
 
@@ -74,6 +82,26 @@ def test_too_little_memory_or_disk_is_said_before_anything_starts(checkpoint, re
         plan.refuse_if_too_large(request_of(), list(plan.costs(request_of(), checkpoint)))
 
 
+def test_what_the_real_sd15_takes(tmp_path):
+    """As measured (docs/compile.md), to a quarter."""
+    checkpoint = Checkpoint(write_sparse(tmp_path / "sd15.safetensors"))
+    asked = Request(str(checkpoint.path), "sd15", str(tmp_path), budget=0)
+    costs = {cost.name: cost for cost in plan.costs(asked, checkpoint)}
+    assert list(costs) == ["text_encoder", "unet_512x512", "vae_encoder_512x512", "vae_decoder_512x512"]
+    memory = {name: cost.memory / 1e9 for name, cost in costs.items()}
+    assert memory["text_encoder"] == pytest.approx(1.1, rel=0.25) and memory["unet_512x512"] == pytest.approx(5.5, rel=0.25)
+    assert max(memory.values()) == memory["unet_512x512"] and plan.disk(list(costs.values())) < 15e9
+    assert 60 < costs["unet_512x512"].seconds < 300 and not any(cost.verified for cost in costs.values())
+    (wide,) = plan.costs(Request(str(checkpoint.path), "sd15", str(tmp_path), kinds=("unet",), chip="bm1684"), checkpoint)
+    assert wide.memory / 1e9 == pytest.approx(10.5, rel=0.25)
+    # its reference computes with all the scores of its first attention
+    long, short = (next(plan.costs(Request(str(checkpoint.path), "sd15", str(tmp_path), kinds=("unet",), budget=budget),
+                                   checkpoint)) for budget in (1e6, 0))
+    assert long.memory > short.memory
+    text = estimate_text({"costs": [vars(cost) for cost in costs.values()], "disk": 14e9, "memory": 24e9})
+    assert "unet_512x512" in text and "not verified: over the budget" in text
+
+
 def test_free_memory_is_some():
     assert 1e8 < plan.free_memory() < 1e14
 
@@ -87,12 +115,64 @@ def test_a_disk_that_becomes_full_is_said_so(request_of, monkeypatch):
     assert "became full" in job.sentence(CompilerError("A tool failed."), asked)      # which is then the cause
 
 
+@pytest.mark.parametrize(("script", "free", "words"), [
+    ("exit 3", 1e12, "sh failed with exit code 3: it said nothing"),
+    ("echo 'no such layer'; exit 3", 1e12, "sh failed with exit code 3: no such layer"),
+    ("echo 'no such layer'; exit 3", 1e6, "The disk of .* became full while sh ran: make room there"),
+    ("echo Killed >&2; exit 1", 1e12, "was ended by the system, most likely because memory ran out"),
+    ("echo \"what():  std::bad_alloc\" >&2; exit 1", 1e12, "because memory ran out"),
+    ("kill -9 $$", 1e12, "because memory ran out"),
+])
+def test_why_a_tool_failed_is_said(tmp_path, monkeypatch, script, free, words):
+    monkeypatch.setattr(tools.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e13, 1e13, free))
+    with pytest.raises(CompilerError, match=words) as error:
+        tools.run(["sh", "-c", script], tmp_path / "log", tmp_path)
+    assert isinstance(error.value, ToolFailed) == ("exit code" in words), "what another recipe may do about"
+
+
+def test_deploy_leaves_the_bmodel_alone(tmp_path):
+    """model_deploy.py leaves gigabytes, also where it fails."""
+    chain, mlir = Toolchain(tmp_path / "chain"), tmp_path / "work" / "net.mlir"
+    tool = chain.python.parent / "model_deploy.py"
+    for folder in (tool.parent, mlir.parent):
+        folder.mkdir(parents=True)
+    mlir.touch()
+    weights = mlir.with_name("net_weight.npz")
+    weights.touch()
+    tool.write_text("#!/bin/sh\nmkdir net\ntouch net/final.mlir net_tpu.npz\ntest $6 = bm1684x && touch net.bmodel\n")
+    tool.chmod(0o755)
+    made = deploy(mlir, "bm1684x", Recipe("F16"), toolchain=chain, log=tmp_path / "log")
+    assert {*mlir.parent.iterdir()} == {mlir, weights, made}
+    with pytest.raises(ToolFailed):
+        deploy(mlir, "bm1684", Recipe("F32"), toolchain=chain, log=tmp_path / "log")
+    assert {*mlir.parent.iterdir()} == {mlir, weights}, "nor is the bmodel from before taken for this one's"
+
+
+# -- one folder a compile ----------------------------------------------------------------------------------------------
+def test_a_compile_has_its_folder_alone(tmp_path):
+    work = workplace(tmp_path, "sd15")
+    (work / "result").mkdir()
+    with pytest.raises(CompilerError, match="'sd15' is being compiled already, in .*: wait for that, or choose another"):
+        workplace(tmp_path, "sd15")
+    assert (work / "result").exists() and workplace(tmp_path, "other").exists()
+
+
+def test_what_a_killed_compile_left_goes_with_the_next(tmp_path):
+    """Its lock ended with its process."""
+    code = "from pathlib import Path; from compiler.workplace import workplace; import os, sys; " + (
+        "work = workplace(Path(sys.argv[1]), 'old'); (work / 'x').touch(); os._exit(9)")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PACK)
+    assert (tmp_path / ".compiling-old" / "x").exists()
+    (tmp_path / ".compiling-another's").mkdir()        # of no compile from a checkpoint
+    assert {path.name for path in workplace(tmp_path, "new").parent.iterdir()} == {".compiling-new", ".compiling-another's"}
+
+
 # -- accepting ---------------------------------------------------------------------------------------------------------
 class FakeCompiler:
     """In place of the compiler and the simulator: which recipes and blocks come out right is said beforehand."""
 
-    def __init__(self, monkeypatch, good: set[str], bad_block: str = ""):
-        self.good, self.bad_block, self.tried, self.seconds = good, bad_block, [], 1.0
+    def __init__(self, monkeypatch, good: set[str], bad_block: str = "", failing: set[str] = frozenset()):
+        self.good, self.bad_block, self.tried, self.seconds, self.failing = good, bad_block, [], 1.0, failing
         monkeypatch.setattr(job, "to_mlir", lambda onnx, folder, **_: folder / f"{onnx.stem}.mlir")
         monkeypatch.setattr(job, "deploy", self.deploy)
         monkeypatch.setattr(verify, "simulate", self.simulate)
@@ -100,6 +180,8 @@ class FakeCompiler:
 
     def deploy(self, mlir, chip, recipe, **_):
         self.tried.append(str(recipe))
+        if str(recipe) in self.failing:
+            raise ToolFailed(f"model_deploy.py failed with exit code 1: {recipe} (all of it: x.log).")
         path = mlir.with_suffix(".bmodel")
         path.write_text(str(recipe))
         return path
@@ -148,6 +230,49 @@ def test_if_none_is_right_the_recipes_and_the_block_are_named(request_of, monkey
     assert "it goes wrong in 'middle_block'" in said and "\n" not in said
     assert len(fake.tried) <= 1 + 4, "halving"
     assert not request_of().out.exists()
+
+
+@pytest.mark.parametrize("budget", [1000.0, 1.0])
+def test_a_recipe_that_does_not_compile_is_followed_by_the_next(request_of, monkeypatch, tmp_path, budget):
+    fake = FakeCompiler(monkeypatch, good={"F16 without layer groups"}, failing={"F16"})
+    report = whole(request_of(kinds=("unet",), precisions={"unet": "F16"}, budget=budget), tmp_path)
+    (file,) = report["files"]
+    assert fake.tried == ["F16", "F16 without layer groups"] and file["recipe"] == fake.tried[1]
+    assert file["verified"] == (budget > 1) and "exit code 1: F16" in file["attempts"][0]["failure"]
+    assert "F16: not compiled did not do, F16 without layer groups did" in report_text(report)
+
+
+def test_if_none_compiles_the_first_failure_is_told(request_of, monkeypatch, tmp_path):
+    FakeCompiler(monkeypatch, good=set(), failing={"F32", "F32 without layer groups"})
+    with pytest.raises(CompilerError, match="exit code 1: F32 without layer groups"):
+        whole(request_of(kinds=("unet",), chip="bm1684"), tmp_path)
+
+
+def test_a_block_that_cannot_be_found_is_not_named(request_of, monkeypatch, tmp_path):
+    """Parts that take longer than the budget, or that do not compile."""
+    fake = FakeCompiler(monkeypatch, good=set())
+
+    def slow(*parts):
+        fake.seconds = 1e6
+        return real(*parts)
+    real = job.verify.up_to
+    monkeypatch.setattr(job.verify, "up_to", slow)
+    with pytest.raises(CompilerError, match=r"\(F32 without layer groups cosine 0.\d+\); use another precision"):
+        whole(request_of(kinds=("unet",), chip="bm1684"), tmp_path)
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(request_of, monkeypatch, tmp_path):
+    FakeCompiler(monkeypatch, good=set())
+    real = job.Job.report
+
+    def late(self, *parts):
+        self.request.out.mkdir()
+        (self.request.out / "mine").touch()
+        return real(self, *parts)
+    monkeypatch.setattr(job.Job, "report", late)
+    with pytest.raises(CompilerError, match="There is a 'shapes' by now"):
+        whole(request_of(kinds=("unet",), budget=1.0), tmp_path)
+    assert [path.name for path in request_of().out.iterdir()] == ["mine"]
 
 
 def test_without_time_to_compare_it_is_not_verified(request_of, monkeypatch, tmp_path):
@@ -209,15 +334,35 @@ def test_another_model_is_refused_by_the_job(toolchain, tmp_path):
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_a_cancelled_compile_leaves_nothing(toolchain, request_of):
-    steps, asked = [], request_of()
+def started_by_this() -> list[int]:
+    """The jobs, by their process ids."""
+    listed = subprocess.run(["ps", "-o", "pid,args", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "compiler.job" in line]
+
+
+def cancel():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("how", "raised"), [
+    (cancel, KeyboardInterrupt),
+    (lambda: os.kill(started_by_this()[0], signal.SIGTERM), CompilerError),     # as at a shutdown
+    (lambda: os.kill(started_by_this()[0], signal.SIGKILL), CompilerError),
+])
+def test_a_compile_that_is_ended_leaves_nothing(toolchain, request_of, how, raised):
+    steps, asked, ended = [], request_of(), []
 
     def poll():
-        if steps and "reading it into the compiler" in steps[-1]:
-            raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
+        if steps and "reading it into the compiler" in steps[-1] and not ended:
+            ended.append(how)
+            time.sleep(0.3)             # a tool has started
+            how()
+    with pytest.raises(raised) as error:
         compile_checkpoint(asked, toolchain=toolchain, progress=lambda share, step: steps.append(step), poll=poll)
+    if raised is CompilerError:
+        assert "ended without an answer" in str(error.value)
     time.sleep(0.5)
-    assert not list(asked.out.parent.iterdir())
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert asked.folder not in listed, "a tool still runs"
+    workplace(asked.out.parent, "next")         # which sweeps up where the compile was killed and could not
+    assert [path.name for path in asked.out.parent.iterdir()] == [".compiling-next"]

@@ -7,17 +7,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from compiler import CompilerError, networks
-from compiler.checkpoint import Checkpoint, Tensor
+from compiler.checkpoint import Checkpoint
 from compiler.networks import Graph, Weights, check, text_encoder, unet, vae_decoder, vae_encoder
 from demo import checkpoint as demo
 from demo import export
 from engines.files import read_model
 from engines.roles import identify
+from tests.helpers.sd15 import write_sparse
 
 MAKERS = {
     "text_encoder": ("text_encoder", text_encoder),
@@ -151,22 +150,9 @@ def test_a_graph_that_breaks_a_rule_is_refused(node, inputs, words):
 
 # -- the real size -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def sd15() -> Checkpoint:
-    """Stable Diffusion 1.5 without its numbers: the shapes of diffusers' and transformers' own classes."""
-    with torch.device("meta"):
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
-                                            num_hidden_layers=12))
-        net = UNet2DConditionModel(cross_attention_dim=768)
-        channels = (128, 256, 512, 512)
-        vae = AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 4,
-                            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2)
-    texts = {name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()}
-    parts = {"text_encoder": texts.items(), "unet": demo._unet(net.state_dict()), "vae": demo._vae(vae.state_dict())}
-    checkpoint = object.__new__(Checkpoint)
-    checkpoint.path, checkpoint.conventions = Path("sd15.safetensors"), {}
-    checkpoint.tensors = {demo.PREFIXES[kind] + name: Tensor("F16", tuple(tensor.shape), 0, 0)
-                          for kind, tensors in parts.items() for name, tensor in tensors}
-    return checkpoint
+def sd15(tmp_path_factory) -> Checkpoint:
+    """Stable Diffusion 1.5 without its numbers."""
+    return Checkpoint(write_sparse(tmp_path_factory.mktemp("full") / "sd15.safetensors"))
 
 
 SD15 = {        # parameters, 1e9 multiplications, outputs
@@ -216,9 +202,22 @@ def test_numbers_come_as_they_are_in_every_type(tmp_path):
         np.testing.assert_array_equal(got, tensor.float().numpy())
 
 
+def _entry(**changes) -> bytes:
+    entry = {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8], **changes}
+    head = json.dumps({"a": entry}).encode()
+    return len(head).to_bytes(8, "little") + head + bytes(8)
+
+
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "no .safetensors file"), (b"x" * 100, "no .safetensors file"), (b"\x80\x02PK" * 30, "no .safetensors file"),
     ((20).to_bytes(8, "little") + b'{"a": {"dtype": 1}} ', "no .safetensors file"),
+    (_entry(shape=[2.0, 2]), "no .safetensors file"), (_entry(shape=[-2, -2]), "no .safetensors file"),
+    (_entry(data_offsets=[8, 0]), "no .safetensors file"), (_entry(dtype="F77"), "no .safetensors file"),
+    (_entry(data_offsets=[0, 99]), "no .safetensors file"),
+    (_entry(shape=[1 << 40], data_offsets=[0, 2 << 40]), "cut short"),
+    ((1 << 60).to_bytes(8, "little") + b"{}", "no .safetensors file"),
+    ((2).to_bytes(8, "little") + b"[]", "no .safetensors file"),
+    ((200_000).to_bytes(8, "little") + b"[" * 200_000, "no .safetensors file"),
     (None, "cut short"),
 ])
 def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path, content, words):
@@ -246,6 +245,10 @@ KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.we
     ({"first_stage_model.quant_conv.weight": (8, 8, 1, 1)}, "holds no U-Net, only: VAE"),
     ({"lora_unet.down": (4, 4)}, "only: none of the networks"),
     ({"model.diffusion_model.other.weight": (4, 4)}, "no tensor .model.diffusion_model.input_blocks.0.0.weight"),
+    ({"conditioner.embedders.0.a": (4, 4)}, "is SDXL"), ({"model.diffusion_model.double_blocks.0.a": (4, 4)}, "is Flux"),
+    ({"model.diffusion_model.joint_blocks.0.a": (4, 4)}, "is SD 3"),
+    ({"down_blocks.0.attentions.0.norm.weight": (4,)}, "in diffusers' layout: load its parts in ComfyUI"),
+    ({"text_model.encoder.layers.0.a": (4, 4)}, "in diffusers' layout"),
 ])
 def test_other_models_are_refused_by_name(tmp_path, shapes, words):
     with pytest.raises(CompilerError, match=words) as error:
@@ -254,9 +257,31 @@ def test_other_models_are_refused_by_name(tmp_path, shapes, words):
     assert "\n" not in str(error.value) and "other.safetensors" in str(error.value)
 
 
+@pytest.mark.parametrize(("shapes", "words"), [
+    ({KEY: (64, 1024), "cond_stage_model.model.transformer.a": (4, 4)}, "is SD 2.x"),
+    ({KEY: (64, 2048), "conditioner.embedders.0.a": (4, 4)}, "is SDXL"),
+    ({KEY: (64, 768), "first_stage_model.a": (4,)}, "holds no text encoder, only: U-Net, VAE; .* or leave that part out"),
+])
+@pytest.mark.parametrize("model", ["model", "model_ema"])
+def test_other_families_are_named_whatever_part_is_asked_for(tmp_path, shapes, words, model):
+    """The weights' moving average, which some checkpoints keep too, is not what is compiled, and says as much."""
+    shapes = {name.replace("model.diffusion_model", f"{model}.diffusion_model"): shape for name, shape in shapes.items()}
+    words = words.replace("U-Net, VAE", "VAE") if model == "model_ema" else words
+    with pytest.raises(CompilerError, match=words):
+        header(tmp_path / "other.safetensors", shapes).part("text_encoder")
+
+
 def test_eight_bit_floats_are_refused(tmp_path):
     path = write(tmp_path / "small.safetensors", {"a": torch.zeros(4, dtype=torch.float8_e4m3fn)})
     with pytest.raises(CompilerError, match="keeps 'a' as F8_E4M3"):
+        Checkpoint(path).read("a")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path, kind, bad):
+    path = write(tmp_path / "merge.safetensors", {"a": torch.tensor([1, bad, 2], dtype=kind)})
+    with pytest.raises(CompilerError, match="'merge.safetensors' is damaged: 'a' has NaN or infinity"):
         Checkpoint(path).read("a")
 
 
