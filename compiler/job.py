@@ -187,7 +187,6 @@ class Job:
 
     def report(self, checkpoint: Checkpoint, files: list[dict]) -> dict:
         """model.json."""
-        request = asdict(self.request)
         return {
             "format": FORMAT,
             "name": self.request.name,
@@ -196,7 +195,7 @@ class Job:
             "weights_sha256": content_hash(checkpoint.path),
             "chip": self.request.chip.upper(),
             "versions": {"compiler": COMPILER.replace("==", " "), "onnx": onnx.__version__},
-            "options": {key: request[key] for key in ("precisions", "sizes", "batch", "control", "tokens", "skip")},
+            "options": self.request.options,
             "files": files,
         }
 

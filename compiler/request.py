@@ -20,6 +20,8 @@ TOKENS = 77
 LATENT = 8  # picture pixels for one element of a latent
 MAX_SIDE, MAX_SIZES, MAX_BATCH, MAX_TOKENS = 4096, 8, 16, 10 * TOKENS
 MAX_NAME, MAX_NAME_BYTES = 80, 240
+NAMES = r"[^\W_][\w. ()+-]*"
+RESERVED = r"CON|PRN|AUX|NUL|(COM|LPT)[0-9]"
 MINUTE = 60.0
 
 
@@ -57,6 +59,12 @@ class Request:
     def out(self) -> Path:
         return Path(self.folder) / self.name
 
+    @property
+    def options(self) -> dict:
+        """What was asked for, as model.json keeps it."""
+        said = json.loads(self.to_json())
+        return {key: said[key] for key in ("kinds", "precisions", "sizes", "batch", "control", "tokens", "skip", "budget")}
+
     def precision(self, kind: str) -> str:
         asked = self.precisions.get(kind, AUTO)
         return BEST[self.chip][kind] if asked == AUTO else asked
@@ -69,13 +77,7 @@ class Request:
 
         multiple: of what the sizes must be, where it is known: a U-Net of n levels halves a latent n - 1 times.
         """
-        fits = len(self.name) <= MAX_NAME and len(self.name.encode()) <= MAX_NAME_BYTES
-        if not fits or not re.fullmatch(r"[^\W_][\w. ()+-]*", self.name) or self.name.endswith((" ", ".")):
-            raise CompilerError(
-                f"{self.name[:MAX_NAME]!r} is no name for a folder of models: use letters, digits, spaces and . _ - + ()."
-            )
-        if self.out.exists():
-            raise CompilerError(f"There is a '{self.name}' already: choose another name, or remove that folder first.")
+        self.check_name()
         if not self.kinds:
             raise CompilerError("Nothing to compile was given: connect a MODEL, a CLIP, a VAE, or all of them.")
         if self.chip not in CHIPS:
@@ -96,6 +98,21 @@ class Request:
                 f"{TOKENS}, {2 * TOKENS}, {3 * TOKENS}, up to {MAX_TOKENS}."
             )
         self.check_sizes(multiple or LATENT)
+
+    def check_name(self):
+        """Raises CompilerError unless a new folder can have this name, here and where it may be copied to."""
+        fits = len(self.name) <= MAX_NAME and len(self.name.encode()) <= MAX_NAME_BYTES
+        reserved = re.fullmatch(RESERVED, self.name.partition(".")[0].strip(), re.IGNORECASE)
+        if reserved or not fits or not re.fullmatch(NAMES, self.name) or self.name.endswith((" ", ".")):
+            raise CompilerError(
+                f"{self.name[:MAX_NAME]!r} is no name for a folder of models: use letters, digits, spaces and . _ - + (), "
+                f"{MAX_NAME} at most" + (", and nothing that Windows keeps for itself." if reserved else ".")
+            )
+        if self.out.exists():
+            raise self.taken()
+
+    def taken(self) -> CompilerError:
+        return CompilerError(f"There is a '{self.name}' already: choose another name, or remove that folder first.")
 
     def check_sizes(self, multiple: int):
         if not self.sizes and self.kinds != ("text_encoder",):

@@ -25,13 +25,19 @@ def workplace(folder: Path, name: str) -> Path:
         raise CompilerError(
             f"'{name}' is being compiled already, in {work}: wait for that, or choose another name."
         ) from None
+    hold(work)
+    return work
+
+
+def hold(work: Path) -> int:
+    """Locks a folder as one that is worked in; the handle, which keeps it locked until it is closed or the process ends."""
     # locked before it is there by its name
     unlocked = work / "new"
-    handle = os.open(unlocked, os.O_CREAT | os.O_RDWR)  # open until the process ends
+    handle = os.open(unlocked, os.O_CREAT | os.O_RDWR)
     with contextlib.suppress(OSError):  # a network's file system may have no locks: then nothing is taken for abandoned
         fcntl.flock(handle, fcntl.LOCK_EX)
     unlocked.rename(work / LOCK)
-    return work
+    return handle
 
 
 def remove_abandoned(folder: Path):

@@ -1,16 +1,18 @@
 """Compile: from stock torch models to a folder of bmodels that were compared with their reference."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.utils
 from comfy_api.latest import io
 
 from ..compiler import CHIPS, CompilerError, Request, Toolchain, compile_checkpoint, parse_sizes
 from ..compiler.request import AUTO, MAX_BATCH, MAX_TOKENS, MINUTE, TOKENS
-from ..compiler.summary import estimate_text, report_text
+from ..compiler.summary import MODEL_JSON, estimate_brief, estimate_text, made, report_brief, report_text
 from ..compiler.toolchain import FOLDER
 from ..engines.errors import EngineError
 from . import library
-from .adapters.export import parts_of, saved, size_multiple
+from .adapters.export import Part, digest, outside, parts_of, saved, size_multiple
 from .adapters.host import poll, tell
 from .adapters.provenance import provenance
 from .base import CATEGORY, PackNode
@@ -62,6 +64,14 @@ class SophgoCompile(PackNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, name, **_):
+        """Changes when the folder comes or goes: what was compiled and then removed is compiled again."""
+        try:
+            return Path(library.roots()[0], name, MODEL_JSON).stat().st_mtime_ns
+        except (OSError, ValueError):
+            return 0
+
+    @classmethod
     def execute(cls, name, chip, model_precision, clip_precision, vae_precision, sizes, batch_size, controlnet,
                 context_length, verify_minutes, dry_run, model=None, clip=None, vae=None) -> io.NodeOutput:
         try:
@@ -71,27 +81,42 @@ class SophgoCompile(PackNode):
                 precisions={"unet": model_precision, "text_encoder": clip_precision, "vae": vae_precision},
                 sizes=parse_sizes(sizes), batch=batch_size, control=controlnet, tokens=context_length,
                 skip=sum(part.skip for part in parts), budget=verify_minutes * MINUTE, dry=dry_run)
-            request.check(size_multiple(model) if model is not None else None)
-            toolchain.check()
-            source = provenance(cls.hidden.prompt, cls.hidden.unique_id, ("model", "clip", "vae"))
-            source["patches"] = {part.kind: part.patches for part in parts if part.patches}
-            bar = comfy.utils.ProgressBar(PROGRESS, node_id=cls.hidden.unique_id)
-            said = []
-
-            def progress(share: float, step: str) -> None:
-                bar.update_absolute(round(share * PROGRESS))
-                if said[-1:] != [step]:
-                    said.append(step)
-                    tell(step, cls.hidden.unique_id)
-
-            progress(0.0, "Saving the weights, with all patches")
-            with saved(parts, folder) as path:
-                found = compile_checkpoint(request.of(path, source), toolchain=toolchain, progress=progress, poll=poll)
+            found = _same(request, parts)
+            if found is None:
+                found = cls._compile(request, parts, toolchain, model)
         except CompilerError as error:
             raise EngineError(str(error)) from error
-        text = (estimate_text if dry_run else report_text)(found)
-        tell(text, cls.hidden.unique_id)
-        return io.NodeOutput(text, ui={"text": (text,)})
+        whole, brief = (estimate_text, estimate_brief) if dry_run else (report_text, report_brief)
+        tell(brief(found), cls.hidden.unique_id)
+        return io.NodeOutput(whole(found), ui={"text": (whole(found),)})
+
+    @classmethod
+    def _compile(cls, request: Request, parts: list[Part], toolchain: Toolchain, model) -> dict:
+        request.check(size_multiple(model) if model is not None else None)
+        if any((root / request.name).exists() for root in library.roots()):
+            raise request.taken()        # it would hide that one, of the pack's own models for example
+        toolchain.check()
+        source = provenance(cls.hidden.prompt, cls.hidden.unique_id, ("model", "clip", "vae"), library.checkpoints())
+        source["patches"] = {part.kind: part.patches for part in parts if part.patches}
+        source["notes"] = outside(model) if model is not None else []
+        bar = comfy.utils.ProgressBar(PROGRESS, node_id=cls.hidden.unique_id)
+        said = []
+
+        def progress(share: float, step: str) -> None:
+            bar.update_absolute(round(share * PROGRESS))
+            if said[-1:] != [step]:
+                said.append(step)
+                tell(step, cls.hidden.unique_id)
+
+        progress(0.0, "Saving the weights, with all patches")
+        with saved(parts, Path(request.folder), poll, empty=request.dry) as path:
+            return compile_checkpoint(request.of(path, source), toolchain=toolchain, progress=progress, poll=poll)
+
+
+def _same(request: Request, parts: list[Part]) -> dict | None:
+    """What model.json says, if this very compile was done before: then running a workflow again does no harm."""
+    report = None if request.dry else made(request)
+    return report if report and digest(parts, poll) == report["weights_sha256"] else None
 
 
 def _precision(id: str, tooltip: str) -> io.Combo.Input:

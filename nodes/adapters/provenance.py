@@ -1,22 +1,23 @@
 """Where a MODEL, CLIP or VAE comes from, as the workflow says it: nodes, their settings, and the files those name."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import folder_paths
 
 from ...engines.files import content_hash
-from ...engines.network import ModelFileError
 
 # Which model folder an input of a stock loader names a file of.
 FOLDERS = {"ckpt_name": "checkpoints", "unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae",
            "lora_name": "loras"}
 
 
-def provenance(prompt: dict | None, node_id: str, inputs: tuple[str, ...]) -> dict:
+def provenance(prompt: dict | None, node_id: str, inputs: tuple[str, ...], own: Mapping[str, Path]) -> dict:
     """{"nodes": [{"node", "settings"}], "files": [{"file", "folder", "sha256"}]} of all that leads to some inputs of a node.
 
-    prompt: the workflow in the API format. Nodes come in the order in which they run.
+    prompt: the workflow in the API format. Nodes come in the order in which they run. own: the pack's own checkpoints by
+    name, which ComfyUI does not know.
     """
     nodes, seen = [], set()
 
@@ -33,23 +34,22 @@ def provenance(prompt: dict | None, node_id: str, inputs: tuple[str, ...]) -> di
     prompt = prompt or {}
     for name in inputs:
         visit(prompt.get(node_id, {}).get("inputs", {}).get(name))
-    return {"nodes": nodes, "files": _files(nodes)}
+    return {"nodes": nodes, "files": _files(nodes, own)}
 
 
-def _files(nodes: list[dict]) -> list[dict]:
+def _files(nodes: list[dict], own: Mapping[str, Path]) -> list[dict]:
     found = {}
     for node in nodes:
         for name, value in node["settings"].items():
-            path = _path(name, value)
+            path = _path(name, value, own)
             if path is not None:
                 found[path] = {"file": str(value), "folder": FOLDERS[name], "sha256": content_hash(path)}
     return list(found.values())
 
 
-def _path(name: str, value) -> Path | None:
+def _path(name: str, value, own: Mapping[str, Path]) -> Path | None:
     """The file that a loader's setting names; None for what is no file, or one that is gone."""
-    try:
-        path = folder_paths.get_full_path(FOLDERS[name], value)
-    except (KeyError, TypeError, AttributeError, ModelFileError):
+    if name not in FOLDERS or not isinstance(value, str):
         return None
-    return Path(path) if path else None
+    path = folder_paths.get_full_path(FOLDERS[name], value)
+    return Path(path) if path else own.get(value) if FOLDERS[name] == "checkpoints" else None

@@ -191,7 +191,7 @@ def test_a_compiled_model_is_not_compiled_again(server):
     graph = Graph()
     model, clip, vae = graph.checkpoint()
     for part, words in (({"model": model}, "MODEL"), ({"clip": clip}, "CLIP"), ({"vae": vae}, "VAE")):
-        plain_sentence(failure(server, compiling(graph, **part)), f"The {words} is", "which is compiled already")
+        plain_sentence(failure(server, compiling(graph, **part)), f"The {words} is", "which is compiled")
         del graph[list(graph)[-1]]
 
 

@@ -14,7 +14,7 @@ import pytest
 from compiler import CompilerError, Request, Toolchain, compile_checkpoint, parse_sizes
 from compiler.convert import Recipe
 from compiler.recipes import Attempt, Parity, first_bad_block, recipes
-from compiler.summary import estimate_text, report_text
+from compiler.summary import estimate_brief, estimate_text, folder_text, made, report_brief, report_text
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -31,6 +31,7 @@ def test_a_request_travels_whole(tmp_path):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"name": ""}, "no name for a folder"), ({"name": "../x"}, "no name for a folder"), ({"name": ".x"}, "no name for a"),
     ({"name": "a/b"}, "no name for a folder"), ({"name": "x" * 200}, "no name for a folder"), ({"name": "x."}, "no name"),
+    ({"name": "nul"}, "Windows keeps"), ({"name": "COM1.bmodels"}, "Windows keeps"), ({"name": "模" * 81}, "80 at most"),
     ({"name": "there"}, "There is a 'there' already: choose another name"),
     ({"kinds": ()}, "connect a MODEL, a CLIP, a VAE"),
     ({"chip": "bm1688"}, "choose BM1684X and BM1684"),
@@ -50,7 +51,7 @@ def test_what_cannot_be_compiled_is_said_in_one_sentence(tmp_path, changes, word
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
-@pytest.mark.parametrize("name", ["sd15", "SD 1.5 (LoRA 0.8)", "模型", "a_b-c+d"])
+@pytest.mark.parametrize("name", ["sd15", "SD 1.5 (LoRA 0.8)", "模型", "a_b-c+d", "console", "nul-free"])
 def test_names_that_people_give(tmp_path, name):
     request(tmp_path, name=name).check(64)
 
@@ -171,14 +172,55 @@ def test_the_texts_say_what_counts():
     cost = {"name": "unet_512x512", "build": 30, "transform": 60, "deploy": 200, "simulate": 40_000, "verified": False,
             "memory": 12e9, "result": 5e9}
     text = estimate_text({"costs": [cost], "disk": 20e9, "memory": 16e9})
-    for words in ("unet_512x512", "5 min", "11 h, not verified", "12.0 GB", "20.0 GB", "16.0 GB"):
+    for words in ("unet_512x512", "5 min", "11 h, not done: over the budget", "12.0 GB", "20.0 GB", "16.0 GB"):
         assert words in text
+    assert estimate_brief({"costs": [cost], "disk": 20e9, "memory": 16e9}).splitlines()[1:] == [
+        "unet_512x512: 5 min, comparing 11 h, not done: over the budget"]
+    text = report_text(model_json())
+    for words in ("'sd15' for BM1684X", "| 1.7 GB |", "cosine 0.9999000", "not verified", "- Put it behind.",
+                  "- unet.bmodel: F16: cosine 0.50000 did not do, BF16 did"):
+        assert words in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in tables}) == 1 and set(tables[1]) == {"|", "-"}
+    assert report_brief(model_json()).splitlines() == [
+        "'sd15' for BM1684X, 3.4 GB. Press R, and the loaders offer it.", "unet.bmodel: BF16, cosine 0.9999000",
+        "unet.bmodel: BF16, not verified", "unet.bmodel: F16: cosine 0.50000 did not do, BF16 did", "Put it behind."]
+
+
+def model_json(**changes) -> dict:
     good, bad = ({"recipe": name, "seconds": 1, "parity": {"prediction": dataclasses.asdict(Parity(cosine, 0.1, 0.2))}}
                  for name, cosine in (("BF16", 0.9999), ("F16", 0.5)))
     file = {"file": "unet.bmodel", "recipe": "BF16", "precision": "BF16", "bytes": 1_700_000_000, "verified": True,
             "attempts": [bad, good]}
-    text = report_text({"name": "sd15", "chip": "BM1684X", "versions": {"compiler": "tpu_mlir 1.30.2"},
-                        "files": [file, {**file, "verified": False, "attempts": [{"recipe": "BF16", "parity": {}}]}]})
-    for words in ("'sd15' for BM1684X", "1,700.0 MB", "cosine 0.9999000", "F16: cosine 0.50000 did not do, BF16 did",
-                  "not verified"):
-        assert words in text
+    return {"format": 1, "name": "sd15", "chip": "BM1684X", "versions": {"compiler": "tpu_mlir 1.30.2"},
+            "weights_sha256": "ab" * 32, "source": {"notes": ["Put it behind."]},
+            "files": [file, {**file, "verified": False, "attempts": [{"recipe": "BF16", "parity": {}}]}], **changes}
+
+
+def test_a_folder_tells_what_it_was_made_from(tmp_path):
+    source = {"nodes": [{"node": "CheckpointLoaderSimple", "settings": {"ckpt_name": "sd15.safetensors"}},
+                        {"node": "LoraLoader", "settings": {"lora_name": "red.safetensors", "strength_model": 0.8}}],
+              "files": [{"file": "red.safetensors", "folder": "loras", "sha256": "0123456789abcdef" * 4}]}
+    (tmp_path / "model.json").write_text(json.dumps(model_json(source=source)))
+    text = folder_text(tmp_path)
+    assert "- from CheckpointLoaderSimple (ckpt_name sd15.safetensors)" in text
+    assert "- from LoraLoader (lora_name red.safetensors, strength_model 0.8, sha256 0123456789ab...)" in text
+    assert not folder_text(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "files": 3}', "[" * 100_000,
+                                  json.dumps({"format": 1, "name": 1, "files": [{}]}), '"' + " " * (1 << 20) + '"'])
+def test_a_strangers_model_json_does_no_harm(tmp_path, text):
+    (tmp_path / "sd15").mkdir()
+    (tmp_path / "sd15" / "model.json").write_text(text)
+    assert folder_text(tmp_path / "sd15") == "model.json: damaged, or not written by this pack"
+    assert made(request(tmp_path)) is None
+
+
+def test_the_same_compile_is_recognised(tmp_path):
+    asked = request(tmp_path, precisions={"unet": "F32"})
+    asked.out.mkdir()
+    for options, known in ((asked.options, True), ({**asked.options, "batch": 1}, False)):
+        (asked.out / "model.json").write_text(json.dumps(model_json(options=options)))
+        assert bool(made(asked)) == known
+    assert not made(request(tmp_path, name="other")) and not made(request(tmp_path, name="a\0b"))
