@@ -1,6 +1,6 @@
 """The numbers and plots of docs/precision-alignment.md, on the demo's model in Sophgo's simulator.
 
-    python -m bench.alignment [--work FOLDER] [--images FOLDER] [--steps 20]
+    python -m bench.alignment [--work FOLDER] [--images FOLDER]
 
 A run of the checkpoint in torch, float32, is the reference. Then each variant: its networks over the reference's inputs
 (teacher-forced), and a run of its own (free-running). It takes about half an hour on two quiet cores; what is there
@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from demo.record import node, record, workflow
 from engines.alignment import report
 from engines.alignment.__main__ import networks_of
 from engines.alignment.align import NO_CAUSES, align
@@ -27,20 +24,17 @@ from engines.alignment.plot import Line, Panel, draw
 from engines.alignment.recording import Recording
 from engines.devices import find_devices
 from engines.workers import Worker
-from tools.comfyui import Server
 from tools.install import LOCAL, PACK
 
 WORK = LOCAL / "alignment"
 IMAGES = PACK / "docs" / "images"
 SHIPPED = PACK / "demo" / "models"
-ONNX = "shapes-onnx"
-PROMPT = "a red circle on a white background"
-SMALL_ERROR = 0.003              # the article's: of a step, relative
+STEPS = 20
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Files to compare: the U-Net's folder, and that of the other networks, of SHIPPED or made here."""
+    """Files to compare: folders of the U-Net and of the other networks, among SHIPPED or made here."""
 
     title: str
     unet: str
@@ -88,62 +82,34 @@ PRECISIONS = [
     Variant("BM1684X BF16", "shapes-bm1684x-bf16", "shapes-bm1684x-bf16"),
     Variant("BM1684 F32", "shapes-bm1684-f32", "shapes-bm1684-f32"),
 ]
-# Only the U-Net differs from the reference, so that the timestep alone is seen.
-TIMESTEPS = [Variant(f"{title} timestep, {precision}", folder.format(precision.lower()), ONNX, make)
-             for precision in ("F32", "F16", "BF16")
-             for title, folder, make in (("float", "float-timestep-{}", _float_timestep(precision)),
-                                         ("integer", "shapes-bm1684x-{}", _half if precision == "F16" else None))]
+# Their counterparts with an integer timestep are those above: nothing else differs.
+FLOAT_TIMESTEPS = [Variant(f"BM1684X {precision}, float timestep", f"float-timestep-{precision.lower()}",
+                           f"shapes-bm1684x-{precision.lower()}", _float_timestep(precision))
+                   for precision in ("F32", "F16", "BF16")]
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def workflow(name: str, steps: int, loaders: dict[str, dict], model: list, clip: list, vae: list) -> dict:
-    """API format: the shipped text-to-image workflow with these loaders, recorded as `name`."""
-    def node(kind: str, **inputs) -> dict:
-        return {"class_type": kind, "inputs": inputs}
-    return {
-        **loaders,
-        "record": node("SophgoRecord", name=name, limit_mb=64, model=model, clip=clip, vae=vae),
-        "prompt": node("SophgoTextEncode", clip=["record", 2], prompt=PROMPT, negative_prompt=""),
-        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "sample": node("KSampler", model=["record", 1], positive=["prompt", 0], negative=["prompt", 1],
-                       latent_image=["empty", 0], seed=1, steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple",
-                       denoise=1.0),
-        "decode": node("VAEDecode", samples=["sample", 0], vae=["record", 3]),
-        "save": node("SaveImage", images=["decode", 0], filename_prefix=name)}
+def compiled(name: str, variant: Variant) -> dict:
+    """The reference's workflow with compiled networks, in the API format."""
+    loaders = {"unet": node("SophgoLoadUNet", unet_name=variant.unet, device="auto"),
+               "clip": node("SophgoLoadCLIP", clip_name=variant.others, device="auto", long_prompts="truncate"),
+               "vae": node("SophgoLoadVAE", decoder_name=variant.others, encoder_name="same", device="auto",
+                           latent_scale="outside")}
+    return workflow(name, STEPS, loaders, [["unet", 0], ["clip", 0], ["vae", 0]])
 
 
-def reference(steps: int) -> dict:
-    loaders = {"load": {"class_type": "SophgoLoadReference", "inputs": {"ckpt_name": "shapes.safetensors"}}}
-    return workflow("reference", steps, loaders, ["load", 0], ["load", 1], ["load", 2])
-
-
-def compiled(name: str, variant: Variant, steps: int) -> dict:
-    def loader(kind: str, **inputs) -> dict:
-        return {"class_type": kind, "inputs": {**inputs, "device": "auto"}}
-    loaders = {"unet": loader("SophgoLoadUNet", unet_name=variant.unet),
-               "clip": loader("SophgoLoadCLIP", clip_name=variant.others, long_prompts="truncate"),
-               "vae": loader("SophgoLoadVAE", decoder_name=variant.others, encoder_name="same", latent_scale="outside")}
-    return workflow(name, steps, loaders, ["unet", 0], ["clip", 0], ["vae", 0])
-
-
-def record(name: str, prompt: dict, work: Path) -> Recording:
-    """Run a workflow in a ComfyUI of its own; its recording, which is kept in `work`."""
+def recorded(name: str, prompt: dict, work: Path) -> Recording:
+    """A workflow's recording, of an earlier call or made now."""
     kept = work / f"{name}.npz"
     if not kept.exists():
         say(f"{name}: running")
-        with tempfile.TemporaryDirectory() as base:
-            if (work / "models").exists():
-                shutil.copytree(work / "models", Path(base) / "models" / "sophgo")
-            with Server(Path(base)) as server:
-                server.run(prompt, seconds=3600)
-            shutil.copy(Path(base) / "output" / "recordings" / f"{name}.npz", kept.with_suffix(".part"))
-        kept.with_suffix(".part").rename(kept)
+        record(prompt, name, kept, work / "models")
     return Recording.open(kept)
 
 
-def measure(variant: Variant, work: Path, steps: int) -> list[dict]:
+def measure(variant: Variant, work: Path) -> list[dict]:
     """Rows as engines.alignment.report.as_json has them, forced and free, and a last one with the PSNR."""
     name = variant.title.replace(" ", "-").replace(",", "").lower()
     kept = work / f"{name}.json"
@@ -159,64 +125,17 @@ def measure(variant: Variant, work: Path, steps: int) -> list[dict]:
             variant.make(part)
             folder.parent.mkdir(parents=True, exist_ok=True)
             part.rename(folder)
-    whole = record("reference", reference(steps), work)
+    reference = recorded("reference", workflow("reference", STEPS), work)
     say(f"{variant.title}: teacher-forced")
     try:
         networks, names = networks_of(folder, find_devices(None, PACK), "auto", False)
-        forced = align(whole, networks, names=names, causes=NO_CAUSES)
+        forced = align(reference, networks, names=names, causes=NO_CAUSES)
     finally:
         Worker.close_all()
-    free = align(whole, candidate=record(name, compiled(name, variant, steps), work), causes=NO_CAUSES)
+    free = align(reference, candidate=recorded(name, compiled(name, variant), work), causes=NO_CAUSES)
     rows = [*report.as_json(forced)["rows"], *report.as_json(free)["rows"], {"mode": "picture", "psnr": free.psnr}]
     kept.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
-
-
-# How a small error grows ---------------------------------------------------------------------------------------------
-
-
-def growth(steps: int) -> dict[str, list[tuple[float, float]]]:
-    """Kind of error -> (step, relative error of the latent after it), for errors of SMALL_ERROR a step.
-
-    By Euler steps in numpy, the ONNX files as networks: the error is then known exactly.
-    """
-    from demo import nets, score
-    networks = score.onnx_networks()
-    tokenizer = nets.tokenizer(_tokenizer())
-    contexts = np.concatenate([networks.text(score.ids_of(tokenizer, text)) for text in ("", PROMPT)]).astype(np.float32)
-    rng = np.random.default_rng(5)
-    fixed = rng.normal(size=(2, 4, 8, 8))
-
-    def noise(prediction: np.ndarray, pattern: np.ndarray) -> np.ndarray:
-        return prediction + SMALL_ERROR * np.sqrt(np.mean(prediction ** 2)) * pattern / np.sqrt(np.mean(pattern ** 2))
-    kinds = {"another one each step": lambda prediction: noise(prediction, rng.normal(size=prediction.shape)),
-             "the same each step": lambda prediction: noise(prediction, fixed),
-             "too large by 0.3 %": lambda prediction: prediction * (1 + SMALL_ERROR)}
-    exact = list(_trajectory(networks.unet, contexts, steps, lambda prediction: prediction))
-    found = {}
-    for kind, disturb in kinds.items():
-        found[kind] = [(step, float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))) for step, (x, wanted) in enumerate(
-            zip(_trajectory(networks.unet, contexts, steps, disturb), exact), 1)]
-    return found
-
-
-def _trajectory(unet, contexts: np.ndarray, steps: int, disturb: Callable[[np.ndarray], np.ndarray], cfg: float = 3.0
-                ) -> Iterator[np.ndarray]:
-    """The latent after each Euler step, in units of the noise-free latent."""
-    from demo import score
-    levels, times = score.sigmas(), [999 - int(i * 1000 / steps) for i in range(steps)]
-    schedule = [*levels[times], 0.0]
-    x = np.random.default_rng(1).standard_normal((1, 4, 8, 8)) * math.sqrt(1 + schedule[0] ** 2)
-    for time, now, following in zip(times, schedule, schedule[1:]):
-        latent = np.repeat(x / math.sqrt(1 + now ** 2), 2, 0).astype(np.float32)
-        without, along = disturb(unet(latent, np.full(2, time, np.int64), contexts).astype(np.float64))
-        x = x + (without + cfg * (along - without)) * (following - now)
-        yield x
-
-
-def _tokenizer() -> Path:
-    from tools.install import comfyui
-    return comfyui() / "comfy" / "sd1_tokenizer"
 
 
 # Tables and plots ----------------------------------------------------------------------------------------------------
@@ -274,16 +193,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="where results are kept")
     parser.add_argument("--images", type=Path, default=IMAGES)
-    parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    grown = growth(args.steps)
-    precisions = {variant.title: measure(variant, args.work, args.steps) for variant in PRECISIONS}
-    timesteps = {variant.title: measure(variant, args.work, args.steps) for variant in TIMESTEPS}
-    plots(precisions, timesteps, grown, args.images)
+    precisions = {variant.title: measure(variant, args.work) for variant in PRECISIONS}
+    timesteps = {variant.title: measure(variant, args.work) for variant in FLOAT_TIMESTEPS}
     print("\n".join(table({**precisions, **timesteps})))
-    for kind, points in grown.items():
-        print(f"0.3 % a step, {kind}: {points[0][1]:.2%} after the first step, {points[-1][1]:.2%} after the last")
 
 
 if __name__ == "__main__":

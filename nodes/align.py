@@ -5,7 +5,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..engines.alignment import report
-from ..engines.alignment.align import CAUSES, align
+from ..engines.alignment.align import LOOK_FOR_CAUSES, align
 from ..engines.alignment.compare import judge
 from ..engines.alignment.recording import LIMIT_BYTES, Recorder, Recording, recording_path
 from ..engines.errors import EngineError
@@ -60,6 +60,10 @@ class SophgoRecord(PackNode):
                   if node["class_type"] == "SophgoRecord" and node["inputs"].get("name") == name]
         if len(others) > 1:
             raise EngineError(f"{len(others)} nodes of this workflow record as '{name}': give each a name of its own.")
+        if any(node["class_type"] == "SophgoLoadRecording" and node["inputs"].get("recording_name") == name
+               for node in (cls.hidden.prompt or {}).values()):
+            raise EngineError(f"This workflow loads the recording '{name}' and would replace it: give the new one another "
+                              "name.")
         recorder = Recorder(recording_path(name, library.recordings_folder()), name, limit_mb << 20)
         recorder.networks = said_of(model, clip, vae)
         recorded = [record(part, recorder) if part is not None else None
@@ -105,7 +109,7 @@ class SophgoParity(PackNode):
                         "recorded run (free-running), or both, stage by stage and step by step, and says why they differ.",
             inputs=[
                 RECORDING.Input("reference", tooltip="The recording to compare with."),
-                io.Combo.Input("causes", options=list(CAUSES), default=CAUSES[0],
+                io.Combo.Input("causes", options=list(LOOK_FOR_CAUSES), default=LOOK_FOR_CAUSES[0],
                                tooltip="Look for the classic causes of a difference. It takes some ten more calls of a "
                                        "network that differs."),
                 io.Image.Input("reference_images", optional=True,
@@ -127,8 +131,8 @@ class SophgoParity(PackNode):
     @classmethod
     def execute(cls, reference, causes, reference_images=None, model=None, clip=None, vae=None, candidate=None,
                 candidate_images=None) -> io.NodeOutput:
-        if causes not in CAUSES:
-            raise EngineError(f"causes cannot be '{causes}': choose one of {', '.join(CAUSES)}.")
+        if causes not in LOOK_FOR_CAUSES:
+            raise EngineError(f"causes cannot be '{causes}': choose one of {', '.join(LOOK_FOR_CAUSES)}.")
         pictures = None
         if reference_images is not None and candidate_images is not None:
             pictures = arrays_of(candidate_images, reference_images)

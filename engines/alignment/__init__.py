@@ -2,6 +2,7 @@
 
 recording   what every call of a run was given and what it answered, in one npz file
 compare     two networks over the same inputs (teacher-forced), or two runs call by call (free-running)
-diagnose    the classic causes of a difference, recognised and said in words
+causes      the classic causes of a difference, in words
+diagnose_*  which of them it is: seen in two runs, or found by calling a network
 report      the comparison as text; plot draws it
 """

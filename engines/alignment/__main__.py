@@ -24,7 +24,7 @@ from ..errors import EngineError
 from ..network import ModelFileError
 from ..workers import Worker
 from . import report
-from .align import CAUSES, align
+from .align import LOOK_FOR_CAUSES, align
 from .compare import Networks, judge
 from .recording import Call, Recording
 
@@ -60,6 +60,8 @@ def _unet(stage, call: Call) -> dict[str, np.ndarray]:
     if residuals.keys() - stage.engines[0].binding.inputs.keys():
         raise EngineError(f"The recording has {len(residuals)} residuals of a ControlNet{call.where} and the U-Net in "
                           f"{stage.names} takes {takes}: compile it with ControlNet inputs, or record without one.")
+    if "context" not in call.inputs:
+        raise EngineError(f"The recording has no conditioning of the U-Net{call.where}: it is of another family of models.")
     return {"prediction": stage(call.inputs["latent"], call.inputs["timestep"], call.inputs["context"], residuals or None,
                                 call.where)}
 
@@ -83,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     for command, second in ((compare, "candidate"), (replay, "model")):
         command.add_argument("reference", type=Path)
         command.add_argument(second, type=Path)
-        command.add_argument("--causes", choices=CAUSES, default=CAUSES[0], help="look for the classic causes")
+        command.add_argument("--causes", choices=LOOK_FOR_CAUSES, default=LOOK_FOR_CAUSES[0],
+                             help="look for the classic causes")
         command.add_argument("--plot", type=Path, metavar="PNG")
         command.add_argument("--json", type=Path, metavar="FILE")
         command.add_argument("--min-cosine", type=float, default=0.0, metavar="C", help="least cosine of every answer")

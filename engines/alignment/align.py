@@ -7,17 +7,17 @@ import numpy as np
 
 from ..errors import EngineError
 from ..roles import ROLES
-from . import diagnose
 from .compare import Networks, Pair, Parity, forced, free, pairs, psnr
+from .diagnose_networks import diagnose_networks
+from .diagnose_runs import diagnose_runs
 from .recording import Recording
 
-CAUSES_OF_DIFFERENCE, NO_CAUSES = "when it differs", "no"
-CAUSES = (CAUSES_OF_DIFFERENCE, NO_CAUSES)      # what may be asked for
+WHEN_DIFFERENT, NO_CAUSES = LOOK_FOR_CAUSES = ("when it differs", "no")
 
 
 def align(reference: Recording, networks: Networks | None = None, candidate: Recording | None = None, *,
           names: Mapping[str, str] | None = None, pictures: tuple[np.ndarray, np.ndarray] | None = None,
-          causes: str = CAUSES_OF_DIFFERENCE, progress: Callable[[int, int], None] = lambda done, total: None) -> Parity:
+          causes: str = WHEN_DIFFERENT, progress: Callable[[int, int], None] = lambda done, total: None) -> Parity:
     """networks: compared teacher-forced; names: what they are, by stage. candidate: compared free-running.
 
     pictures: the candidate's and the reference's (B,H,W,3) in [0,1], for the PSNR; without them it is taken from the
@@ -33,16 +33,18 @@ def align(reference: Recording, networks: Networks | None = None, candidate: Rec
         parity.notes += [f"The recording '{reference.name}' has no call of the {ROLES[stage]}, so that one is not compared."
                          for stage in networks if not reference.of(stage) and stage != "vae_encoder"]
         if causes != NO_CAUSES:
-            parity.findings += diagnose.diagnose_networks(reference, networks, parity.rows)
+            parity.findings += diagnose_networks(reference, networks, parity.rows)
     if candidate is not None:
         matched = pairs(reference, candidate)
         if not matched:
             raise EngineError(f"The recordings '{reference.name}' and '{candidate.name}' have no stage in common.")
-        parity.rows += free(matched)
-        if causes != NO_CAUSES:
-            known = {(finding.cause, finding.stage) for finding in parity.findings}
-            parity.findings += [finding for finding in diagnose.diagnose_runs(matched)
-                                if (finding.cause, finding.stage) not in known]
+        found = diagnose_runs(matched) if causes != NO_CAUSES else []
+        try:
+            parity.rows += free(matched)
+        except EngineError as error:      # shapes that differ have a reason
+            raise EngineError(next((f.sentence for f in found if f.cause == "other_run"), str(error))) from error
+        known = {(finding.cause, finding.stage) for finding in parity.findings}
+        parity.findings += [finding for finding in found if (finding.cause, finding.stage) not in known]
         pictures = pictures or _pictures(matched)
     if pictures is not None:
         parity.psnr = psnr(*pictures)

@@ -40,11 +40,11 @@ class Difference:
 NOT_FINITE = Difference(math.nan, math.nan, math.nan, math.nan)
 
 
-def difference(got: np.ndarray, wanted: np.ndarray) -> Difference:
-    """Raises EngineError where the shapes differ."""
+def difference(got: np.ndarray, wanted: np.ndarray, what: str = "an answer") -> Difference:
+    """Raises EngineError, with `what` they are, where the shapes differ."""
     if got.shape != wanted.shape:
-        raise EngineError(f"The networks cannot be compared: one answers {list(got.shape)} where the reference has "
-                          f"{list(wanted.shape)}.")
+        raise EngineError(f"These cannot be compared: {what} is {list(got.shape)} and the reference's "
+                          f"{list(wanted.shape)}; take the same model, size, batch and prompts.")
     a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     if not np.isfinite(a).all() or not np.isfinite(b).all():
         return NOT_FINITE
@@ -93,7 +93,7 @@ class Parity:
     reference: str
     candidate: str
     rows: list[Row] = field(default_factory=list)
-    findings: list = field(default_factory=list)          # of diagnose.Finding
+    findings: list = field(default_factory=list)          # of causes.Finding
     notes: list[str] = field(default_factory=list)
     psnr: float | None = None
 
@@ -114,8 +114,8 @@ def forced(reference: Recording, networks: Networks, progress: Callable[[int, in
             answers = None
         for array in call.outputs:
             if answers is None or array in answers:       # a compiled text encoder may lack the pooled text
-                found = NOT_FINITE if answers is None else difference(answers[array], call.outputs[array])
-                yield _row(FORCED, call, numbers[call.stage], array, found)
+                yield _row(FORCED, call, numbers[call.stage], array, None if answers is None else answers[array],
+                           call.outputs[array])
         numbers[call.stage] += 1
     progress(len(calls), len(calls))
 
@@ -136,10 +136,13 @@ def free(pairs: Sequence[Pair]) -> Iterator[Row]:
         for mine, other in ((ours.inputs, theirs.inputs), (ours.outputs, theirs.outputs)):
             for array in other:
                 if array in mine and (other is theirs.outputs or (ours.stage, array) == ("unet", "latent")):
-                    yield _row(FREE, theirs, pair.number, array, difference(mine[array], other[array]))
+                    yield _row(FREE, theirs, pair.number, array, mine[array], other[array])
 
 
-def _row(mode: str, call: Call, number: int, array: str, found: Difference) -> Row:
+def _row(mode: str, call: Call, number: int, array: str, got: np.ndarray | None, wanted: np.ndarray) -> Row:
+    """`got` is None where the network's answer was refused as not finite."""
+    what = f"the {ROLES[call.stage]}'s {array}{call.where}"
+    found = NOT_FINITE if got is None else difference(got, wanted, what)
     return Row(mode, call.stage, number, array, found, call.facts.get("step"), call.facts.get("steps"))
 
 
@@ -159,9 +162,14 @@ def pairs(reference: Recording, candidate: Recording) -> list[Pair]:
         matched = list(_matched(theirs, ours))
         if sum(len(a) for a, _ in matched) < len(theirs) and not candidate.full or (
                 sum(len(b) for _, b in matched) < len(ours) and not reference.full):
-            raise RecordingError(f"The runs cannot be set side by side: '{reference.name}' calls the {ROLES[stage]} "
-                                 f"{len(theirs)} times and '{candidate.name}' {len(ours)} times; record both with the same "
-                                 "workflow, seed and steps.")
+            early = next((run for run in (reference, candidate) if run.stopped_at), None)
+            advice = (f"'{early.name}' ends at {early.stopped_at}, so if its run was interrupted record it again"
+                      if early else "record both with the same workflow, steps and batch size")
+            wanted, got = f"{len(theirs)} times", f"{len(ours)} times"
+            if wanted == got:
+                wanted, got = (f"with {_rows(calls)} rows in all" for calls in (theirs, ours))
+            raise RecordingError(f"The runs cannot be set side by side: '{reference.name}' calls the {ROLES[stage]} {wanted} "
+                                 f"and '{candidate.name}' {got}; {advice}.")
         found += [Pair(number, _joined(a), _joined(b)) for number, (a, b) in enumerate(matched)]
     return found
 
@@ -170,7 +178,8 @@ def _in_order(ours: list[Call], theirs: list[Call]) -> list[Call]:
     """Calls with equal token ids at equal places: ComfyUI encodes the prompts of a graph in either order."""
     left, placed = list(ours), []
     for call in theirs:
-        same = next((other for other in left if np.array_equal(other.inputs["ids"], call.inputs["ids"])), None)
+        same = next((other for other in left if other.facts.get("part") == call.facts.get("part")
+                     and np.array_equal(other.inputs["ids"], call.inputs["ids"])), None)
         placed.append(same)
         if same is not None:
             left.remove(same)

@@ -15,27 +15,24 @@ import json
 import re
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import EngineError
 from ..roles import ROLES
+from .archive import Archive, Arrays, RecordingError
 
 VERSION = 1
 SUFFIX = ".npz"
 LIMIT_BYTES = 512 << 20
 NAME = re.compile(r"\w[\w .()+-]{0,99}")      # a file name on every system, with nothing of a path in it
-MAX_JSON = 1 << 20                            # bytes; a call's own takes about 500
-# An .npy member as numpy writes it (numpy.lib.format, version 1.0); numpy's own reader evaluates more than is needed here.
-HEADER = re.compile(rb"\x93NUMPY\x01\x00(..)\{'descr': '(<f4|<i4|\|u1)', 'fortran_order': False, 'shape': "
-                    rb"\(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n", re.DOTALL)
-
-
-class RecordingError(EngineError):
-    """A recording cannot be written or read."""
+# What a call of each stage has at least, given and answered.
+NEEDED = {"text_encoder": ({"ids"}, {"hidden"}), "unet": ({"latent", "timestep"}, {"prediction"}),
+          "vae_decoder": ({"latent"}, {"image"}), "vae_encoder": ({"image"}, {"latent"})}
+RANKS = {"ids": 2, "hidden": 2, "pooled": 2, "latent": 3, "context": 3, "prediction": 3, "image": 3}      # at least
+MOST_PARTS = 1000                             # of a batch, and of ComfyUI's lists of residuals
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +42,9 @@ class Call:
     stage: a key of engines.roles.ROLES. inputs, outputs: float32, or int32 for token ids, by argument:
     text_encoder ids -> hidden, pooled; unet latent, timestep, context, residual.N, residual.mid -> prediction;
     vae_decoder latent -> image; vae_encoder image -> latent (its mean). Others keep the name the model gives them.
-    facts: of a U-Net call step (from 1), steps, sigma and cond_or_uncond (for each part of the batch 0 condition,
-    1 uncondition); of a text encoder part ("clip_l"). Each may be missing.
+    facts: of a U-Net call step (from 1), steps, sigma, cond_or_uncond (for each part of the batch 0 condition, 1
+    uncondition) and control (how long ComfyUI's lists of residuals are); of a text encoder part ("clip_l"); dtype, if a
+    network is not given float32. Each may be missing.
     """
 
     stage: str
@@ -72,28 +70,48 @@ class Recording:
     def of(self, stage: str) -> list[Call]:
         return [call for call in self.calls if call.stage == stage]
 
+    @property
+    def stopped_at(self) -> str:
+        """"step 3 of 20" where the U-Net was not called for the last step; else empty."""
+        for call in self.of("unet")[-1:]:
+            if call.facts.get("step", 0) < call.facts.get("steps", 0):
+                return call.where.removeprefix(" at ")
+        return ""
+
     @classmethod
     def open(cls, path: Path | str) -> Recording:
         """Raises RecordingError for a file that is no recording."""
-        path = Path(path)
-        archive = _Archive(path)
+        archive = Archive(Path(path))
         about = archive.json("about")
         if about.get("version") != VERSION:
-            raise RecordingError(f"{path.name} is a recording of version {about.get('version')!r} and this pack reads "
-                                 f"version {VERSION}: record again.")
+            raise RecordingError(f"{archive.path.name} is a recording of version {str(about.get('version'))[:20]} and this "
+                                 f"pack reads version {VERSION}: record again.")
         try:
             calls = tuple(_call(archive, archive.json(member)) for member in archive.numbered())
-            return cls(str(about["name"]), calls, {str(k): str(v) for k, v in about["networks"].items()},
-                       "full" in archive.members)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RecordingError(f"{path.name} is no recording, or a damaged one: record again.") from error
+            networks = {stage: str(about["networks"][stage])[:200] for stage in ROLES if stage in about["networks"]}
+            return cls(str(about["name"])[:100], calls, networks, "full" in archive.members)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise archive.damaged() from error
 
 
-def _call(archive: _Archive, entry: dict) -> Call:
-    sides = [_Arrays(archive, {str(k): str(v) for k, v in entry[side].items()}) for side in ("inputs", "outputs")]
-    if entry["stage"] not in ROLES or not set().union(*(side.members.values() for side in sides)) <= archive.members.keys():
-        raise KeyError(entry["stage"])
-    return Call(entry["stage"], *sides, dict(entry["facts"]))
+def _call(archive: Archive, entry: dict) -> Call:
+    """Raises KeyError, TypeError, AttributeError, ValueError for an entry that is none."""
+    sides = [Arrays(archive, {str(k): str(v) for k, v in entry[side].items()}, RANKS) for side in ("inputs", "outputs")]
+    for side, needed in zip(sides, NEEDED[entry["stage"]]):
+        if not needed <= side.members.keys() or not set(side.members.values()) <= archive.members.keys():
+            raise KeyError(entry["stage"])
+    return Call(entry["stage"], *sides, _facts(entry["facts"]))
+
+
+def _facts(said: Mapping[str, object]) -> dict:
+    """The facts that Call speaks of, as the types they must have."""
+    facts = {name: kind(said[name]) for name, kind in (("step", int), ("steps", int), ("sigma", float)) if name in said}
+    facts |= {name: str(said[name])[:40] for name in ("part", "dtype") if name in said}
+    if "cond_or_uncond" in said:
+        facts["cond_or_uncond"] = [int(flag) for flag in said["cond_or_uncond"][:MOST_PARTS]]
+    if "control" in said:
+        facts["control"] = {str(place): min(int(length), MOST_PARTS) for place, length in said["control"].items()}
+    return facts
 
 
 def recording_path(name: str, folder: Path) -> Path:
@@ -187,62 +205,3 @@ def _digest(array: np.ndarray) -> str:
 
 def _as_bytes(value: dict) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
-
-
-class _Archive:
-    """The members of an .npz, read one at a time; nothing of a stranger's file is believed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        except FileNotFoundError:
-            raise RecordingError(f"There is no recording {path.name}.") from None
-        except (OSError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
-            raise RecordingError(f"{path.name} is no recording ({error}).") from error
-        # Not compressed, as we write them: so no member can be larger than its file.
-        if any(info.compress_type != zipfile.ZIP_STORED for info in self.members.values()):
-            raise RecordingError(f"{path.name} is no recording: its arrays are compressed.")
-
-    def numbered(self) -> Iterator[str]:
-        return iter(sorted((name for name in self.members if name.isdecimal()), key=int))
-
-    def json(self, name: str) -> dict:
-        try:
-            if name not in self.members or self.members[name].file_size > MAX_JSON:
-                raise ValueError(name)
-            value = json.loads(self.array(name).tobytes())
-        except (ValueError, RecursionError) as error:
-            raise RecordingError(f"{self.path.name} is no recording, or a damaged one: record again.") from error
-        if not isinstance(value, dict):
-            raise RecordingError(f"{self.path.name} is no recording, or a damaged one: record again.")
-        return value
-
-    def array(self, name: str) -> np.ndarray:
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                data = archive.read(f"{name}.npy")
-            header = HEADER.match(data)
-            if header is None:
-                raise ValueError("no array of ours")
-            shape = [int(size) for size in header[3].split(b",") if size.strip()]
-            return np.frombuffer(data, header[2].decode(), offset=header.end()).reshape(shape)
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
-            raise RecordingError(f"{self.path.name} is damaged at '{name[:80]}': record again.") from error
-
-
-class _Arrays(Mapping):
-    """Arrays of a file by argument, read when asked for."""
-
-    def __init__(self, archive: _Archive, members: dict[str, str]):
-        self.archive, self.members = archive, members
-
-    def __getitem__(self, argument: str) -> np.ndarray:
-        return self.archive.array(self.members[argument])
-
-    def __iter__(self):
-        return iter(self.members)
-
-    def __len__(self) -> int:
-        return len(self.members)

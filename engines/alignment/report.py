@@ -35,8 +35,9 @@ def summary(parity: Parity) -> Iterator[str]:
     free = [row.difference for row in parity.of(FREE, "unet", "prediction") if row.difference.finite]
     if forced:
         mean = sum(d.relative for d in forced) / len(forced)
-        yield f"The U-Net's own relative error is {percent(mean)} a call: {_precision(mean)}."
-    if free and len(free) > 1:
+        yield (f"The U-Net's own relative error is {percent(mean)} a call: {_precision(mean)}." if mean else
+               "The U-Net answers exactly as the reference does.")
+    if len(free) > 1 and free[-1].relative:
         grown = f", {free[-1].relative / mean:.1f} times its own error" if forced and mean else ""
         yield (f"Over {len(free)} calls the two trajectories part: {percent(free[0].relative)} at the first call, "
                f"{percent(free[-1].relative)} at the last{grown}.")
@@ -89,6 +90,8 @@ def describe(recording: Recording) -> str:
                       for name, array in side.items()]
             shown = ", ".join(arrays[:6]) + (f" and {len(arrays) - 6} more" if len(arrays) > 6 else "")
             lines.append(f"  {len(calls)} call{'s' * (len(calls) > 1)} of the {title}: {shown}")
+    if recording.stopped_at:
+        lines.append(f"  It ends at {recording.stopped_at}.")
     if recording.full:
         lines.append("  Calls after these were left out: the recording had reached its limit.")
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def _watched(network: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
         given = {"latent": args[0], "timestep": args[1], **kwargs}
         inputs = {name: to_array(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
         residuals, lengths = control_to_arrays(kwargs.get("control"))
-        facts = _facts(kwargs.get("transformer_options") or {})
+        facts = {**_facts(kwargs.get("transformer_options") or {}), **_given(args[0])}
         seen.append(({**inputs, **residuals}, {**facts, **({"control": lengths} if lengths else {})}))
 
     def after(_, args, kwargs, answer):
@@ -87,8 +87,15 @@ def _facts(options: Mapping) -> dict:
         facts["sigma"] = float(options["sigmas"].flatten()[0])
         if options.get("sample_sigmas") is not None:
             schedule = options["sample_sigmas"].cpu()
-            facts |= {"step": int((schedule - facts["sigma"]).abs().argmin()) + 1, "steps": len(schedule) - 1}
+            # The last level is no step: uni_pc calls the network close to it.
+            nearest = (schedule[:-1] - facts["sigma"]).abs()
+            facts |= {"step": int(nearest.argmin()) + 1, "steps": len(nearest)} if len(nearest) else {}
     return facts
+
+
+def _given(tensor: torch.Tensor) -> dict:
+    """That a network is given 16-bit floats, by its own choice of type."""
+    return {} if tensor.dtype == torch.float32 else {"dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def control_to_arrays(control: Mapping | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -179,13 +186,13 @@ class _Halves(Stand):
     def decode(self, latent, *args, **kwargs):
         given = to_array(latent)
         image = self.stands_for.decode(latent, *args, **kwargs)
-        _add(self.recorder, "vae_decoder", {"latent": given}, {"image": to_array(image)})
+        _add(self.recorder, "vae_decoder", {"latent": given}, {"image": to_array(image)}, **_given(latent))
         return image
 
     def encode(self, image, *args, **kwargs):
         given = to_array(image)
         latent = self.stands_for.encode(image, *args, **kwargs)
-        _add(self.recorder, "vae_encoder", {"image": given}, {"latent": to_array(latent)})
+        _add(self.recorder, "vae_encoder", {"image": given}, {"latent": to_array(latent)}, **_given(image))
         return latent
 
 

@@ -1,6 +1,9 @@
 """The networks of a MODEL, CLIP or VAE, called with what a recording holds: for teacher-forced comparison."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy.model_management
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ import torch
 from ...engines.alignment.compare import Networks
 from ...engines.alignment.recording import Call
 from ...engines.errors import EngineError
+from ...engines.roles import ROLES
 from .recording import UNKNOWN, arrays_to_control, behind, text_encoders, to_array
 
 
@@ -44,8 +48,9 @@ class _Diffusion:
         options["cond_or_uncond"] = list(call.facts.get("cond_or_uncond", ()))
         others = {name: to(array, dtype if array.dtype.kind == "f" else torch.int32) for name, array in inputs.items()}
         control = arrays_to_control(residuals, call.facts.get("control", {}), to)
-        answer = base.diffusion_model(latent, timestep, control=control, transformer_options=options,
-                                      **{"context": None, **others})
+        with _fitting(call):
+            answer = base.diffusion_model(latent, timestep, control=control, transformer_options=options,
+                                          **{"context": None, **others})
         return {"prediction": to_array(answer)}
 
     def locate(self, call: Call) -> str | None:
@@ -91,7 +96,8 @@ class _Text:
         if self.clip.layer_idx is not None:
             model.set_clip_options({"layer": self.clip.layer_idx})
         self.clip.load_model()
-        hidden, pooled = encoders[part](ids.tolist())[:2]
+        with _fitting(call):
+            hidden, pooled = encoders[part](ids.tolist())[:2]
         return {"hidden": to_array(hidden)} | ({} if pooled is None else {"pooled": to_array(pooled)})
 
 
@@ -104,4 +110,19 @@ class _Half:
         network = behind(self.vae.first_stage_model)
         given, taken = ("latent", "image") if self.stage == "vae_decoder" else ("image", "latent")
         tensor = torch.from_numpy(np.array(call.inputs[given])).to(self.vae.device, self.vae.vae_dtype)
-        return {taken: to_array(network.decode(tensor) if given == "latent" else network.encode(tensor))}
+        with _fitting(call):
+            return {taken: to_array(network.decode(tensor) if given == "latent" else network.encode(tensor))}
+
+
+@contextmanager
+def _fitting(call: Call) -> Iterator[None]:
+    """What torch says of inputs that do not fit, as a sentence."""
+    try:
+        yield
+    except (EngineError, comfy.model_management.OOM_EXCEPTION):
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, KeyError) as error:
+        given = ", ".join(f"{name} {list(array.shape)}" for name, array in list(call.inputs.items())[:5])
+        told = str(error).strip().partition("\n")[0][:160]
+        raise EngineError(f"This {ROLES[call.stage]} cannot take what the recording holds{call.where} ({given}): "
+                          f"{told or type(error).__name__}; compare models of one family.") from error

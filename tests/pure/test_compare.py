@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engines.alignment import report
+from engines.alignment.causes import Finding
 from engines.alignment.compare import (
     FORCED,
     FREE,
@@ -19,7 +20,6 @@ from engines.alignment.compare import (
     pairs,
     psnr,
 )
-from engines.alignment.diagnose import Finding
 from engines.alignment.plot import Line, Panel, draw, of_parity
 from engines.alignment.recording import Recording
 from engines.errors import EngineError, NotFinite
@@ -43,7 +43,7 @@ def test_difference_of_nothing():
 def test_difference_of_what_is_not_finite(bad):
     assert not difference(np.array([1, bad]), np.ones(2)).finite
     assert not difference(np.ones(2), np.array([1, bad])).finite
-    with pytest.raises(EngineError, match=r"answers \[2\] where the reference has \[3\]"):
+    with pytest.raises(EngineError, match=r"an answer is \[2\] and the reference's \[3\]"):
         difference(np.ones(2), np.ones(3))
 
 

@@ -5,8 +5,10 @@ Around the networks a fault is planted into what a recorded run gives them, insi
 import numpy as np
 import pytest
 
+from engines.alignment.causes import CAUSES, bfloat16, float16
 from engines.alignment.compare import forced, pairs
-from engines.alignment.diagnose import bfloat16, diagnose_networks, diagnose_runs, float16
+from engines.alignment.diagnose_networks import diagnose_networks
+from engines.alignment.diagnose_runs import diagnose_runs
 from engines.errors import NotFinite
 from tests.helpers import toy_networks
 from tests.helpers.toy_networks import END, RESIDUALS, SCALE, START, Network, networks, run

@@ -61,7 +61,7 @@ def test_limit(tmp_path):
     array = np.zeros((1, 4, 8, 8), np.float32)
     recorder = Recorder(tmp_path / "a.npz", "a", limit_bytes=5 * array.nbytes)
     for step in range(10):
-        recorder.add("unet", {"latent": array + step}, {"prediction": array - step - 1})
+        recorder.add("vae_decoder", {"latent": array + step}, {"image": array - step - 1})
     found = recorder.recording()
     assert found.full and len(found.calls) == 2 and recorder.left_out == 8
     assert (tmp_path / "a.npz").stat().st_size < 8 * array.nbytes
@@ -77,12 +77,13 @@ def test_threads_do_not_mix(tmp_path):
 
     def work(number):
         for i in range(5):
-            recorder.add("unet", {"latent": np.full((1, 4, 2, 2), number)}, {"prediction": np.full(3, i)}, n=number)
+            recorder.add("vae_decoder", {"latent": np.full((1, 4, 2, 2), number)}, {"image": np.full((1, 3, 2, 2), i)},
+                         step=number)
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     calls = recorder.recording().calls
-    assert len(calls) == 20 and all((call.inputs["latent"] == call.facts["n"]).all() for call in calls)
+    assert len(calls) == 20 and all((call.inputs["latent"] == call.facts["step"]).all() for call in calls)
 
 
 def test_disk_errors_are_said(tmp_path):
@@ -117,7 +118,7 @@ def npz(path, members, compress=zipfile.ZIP_STORED):
 
 
 ABOUT = {"version": 1, "name": "a", "networks": {}}
-CALL = {"stage": "unet", "facts": {}, "inputs": {"latent": "x"}, "outputs": {}}
+CALL = {"stage": "vae_decoder", "facts": {}, "inputs": {"latent": "x"}, "outputs": {"image": "x"}}
 
 
 @pytest.mark.parametrize("members", [
