@@ -32,7 +32,7 @@ from engines.files import content_hash
 from . import plan, verify
 from .checkpoint import Checkpoint
 from .convert import Recipe, deploy, to_mlir
-from .errors import CompilerError, ToolFailed
+from .errors import CompilerError, DiskFull, ToolFailed
 from .networks import Graph, Weights
 from .plan import Cost, Network
 from .recipes import Attempt, first_bad_block, recipes
@@ -217,16 +217,14 @@ def estimates(request: Request) -> dict:
 
 def sentence(error: Exception, request: Request) -> str:
     """What to say of an error: a full disk shows in many ways."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    try:
+    full = isinstance(error, DiskFull) or isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, CompilerError) and not full:
+        return str(error)
+    with contextlib.suppress(OSError):
         full = full or shutil.disk_usage(request.folder).free < NEARLY_FULL
-    except OSError:
-        pass
     if full:
         place = f"The disk of {request.folder} became full while '{request.name}' was compiled"
         return f"{place}: make room there and try again."
-    if isinstance(error, CompilerError):
-        return str(error)
     return f"Compiling '{request.name}' failed unexpectedly: {type(error).__name__}: {' '.join(str(error).split())[:300]}."
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CompilerError, ToolFailed
+from .errors import CompilerError, DiskFull, ToolFailed
 
 HOW_TO_INSTALL = "run 'python -m compiler' in the pack's folder once (it needs Python 3.10 and about 2 GB of disk)"
 PYTHON_VARIABLE = "SOPHGO_COMPILER_PYTHON"
@@ -47,6 +47,7 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 # The wheel bundles glibc 2.35 and puts it first on the library path; on a newer system every child process then dies
 # with "GLIBC_2.36 not found". The system's own serves.
 BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
+MARK = hashlib.sha256("\n".join([COMPILER, *REQUIREMENTS, *BUNDLED_GLIBC]).encode()).hexdigest()
 # What is printed where memory ran out, by a shell of what the system killed, by C++ and by Python.
 OUT_OF_MEMORY = ("Killed", "bad_alloc", "MemoryError", "Cannot allocate memory")
 NEARLY_FULL = 50e6  # bytes free on a disk where a tool failed: then that was the cause
@@ -99,9 +100,7 @@ class Toolchain:
     def install(cls, folder: Path = FOLDER, report: Callable[[str], None] = print) -> "Toolchain":
         """Creates the environment in `folder`, or anew if it was made from another list of packages."""
         chain = cls(folder.resolve())
-        recipe = "\n".join([COMPILER, *REQUIREMENTS, *BUNDLED_GLIBC])
-        stamp, mark = chain.folder / "stamp", hashlib.sha256(recipe.encode()).hexdigest()
-        if stamp.exists() and stamp.read_text() == mark:
+        if chain._installed() == MARK:
             return chain
 
         base = find_python()
@@ -119,7 +118,7 @@ class Toolchain:
         for name in BUNDLED_GLIBC:
             (package / "lib" / "third_party" / name).rename(chain.folder / name)
         chain.tool("model_tool", "--version", log=log)
-        stamp.write_text(mark)
+        chain._stamp.write_text(MARK)
         report("The compiler is ready.")
         return chain
 
@@ -127,10 +126,20 @@ class Toolchain:
     def python(self) -> Path:
         return self.folder / "venv" / "bin" / "python"
 
+    @property
+    def _stamp(self) -> Path:
+        return self.folder / "stamp"
+
+    def _installed(self) -> str:
+        """The MARK it was installed by; empty if it is not there, or not whole."""
+        return self._stamp.read_text() if self._stamp.exists() else ""
+
     def check(self):
-        """Raises CompilerError, saying how to install it, unless the compiler is there."""
-        if not (self.folder / "stamp").exists():
+        """Raises CompilerError, saying how to install it, unless the compiler is there, in this pack's version."""
+        if not (installed := self._installed()):
             raise CompilerError(f"Sophgo's compiler is not installed on this server: {HOW_TO_INSTALL}.")
+        if installed != MARK:
+            raise CompilerError(f"Sophgo's compiler is installed in another version than this one needs: {HOW_TO_INSTALL}.")
 
     def tool(self, name: str, *arguments: str | Path, log: Path, cwd: Path | None = None):
         """Runs one of the compiler's tools, its words appended to `log`."""
@@ -171,7 +180,7 @@ def run(
         # before what it wrote is removed
         place = cwd or log.parent
         if shutil.disk_usage(place).free < NEARLY_FULL:
-            raise CompilerError(f"The disk of {place} became full while {name} ran: make room there and try again.")
+            raise DiskFull(f"The disk of {place} became full while {name} ran: make room there and try again.")
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
         if done.returncode == -signal.SIGKILL or any(sign in line for line in lines[-20:] for sign in OUT_OF_MEMORY):
             raise CompilerError(f"{name} was ended by the system, most likely because memory ran out (log: {log}).")

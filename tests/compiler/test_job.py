@@ -18,7 +18,7 @@ from compiler import CompilerError, Request, Toolchain, compile_checkpoint, job,
 from compiler import toolchain as tools
 from compiler.checkpoint import Checkpoint
 from compiler.convert import Recipe, deploy
-from compiler.errors import ToolFailed
+from compiler.errors import DiskFull, ToolFailed
 from compiler.networks import Weights, unet
 from compiler.summary import estimate_text, report_text
 from compiler.workplace import workplace
@@ -99,7 +99,7 @@ def test_what_the_real_sd15_takes(tmp_path):
                                    checkpoint)) for budget in (1e6, 0))
     assert long.memory > short.memory
     text = estimate_text({"costs": [vars(cost) for cost in costs.values()], "disk": 14e9, "memory": 24e9})
-    assert "unet_512x512" in text and "not verified: over the budget" in text
+    assert "unet_512x512" in text and "not done: over the budget" in text
 
 
 def test_free_memory_is_some():
@@ -111,8 +111,10 @@ def test_a_disk_that_becomes_full_is_said_so(request_of, monkeypatch):
     assert "became full" in job.sentence(OSError(errno.ENOSPC, "No space left on device"), asked)
     assert "failed unexpectedly: PermissionError" in job.sentence(PermissionError(errno.EACCES, "no"), asked)
     assert job.sentence(CompilerError("A tool failed."), asked) == "A tool failed."
+    assert "became full while 'shapes' was compiled" in job.sentence(DiskFull("The disk of /tmp/x became full."), asked)
     monkeypatch.setattr(job.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e12, 1e12, 0))
-    assert "became full" in job.sentence(CompilerError("A tool failed."), asked)      # which is then the cause
+    assert "became full" in job.sentence(RuntimeError("A write failed."), asked)      # which is then the cause
+    assert job.sentence(CompilerError("The name is taken."), asked) == "The name is taken."
 
 
 @pytest.mark.parametrize(("script", "free", "words"), [
@@ -318,7 +320,7 @@ def test_what_networks_are_tried_with(checkpoint):
 def test_the_shell_says_what_it_would_take(toolchain, checkpoint, tmp_path):
     command = [sys.executable, "-m", "compiler", str(checkpoint.path), "--out", str(tmp_path), "--sizes", "64x64"]
     done = subprocess.run([*command, "--dry-run"], cwd=PACK, capture_output=True, text=True, check=True)
-    for words in ("text_encoder", "unet_64x64", "vae_decoder_64x64", "in all about", "of disk while it runs"):
+    for words in ("text_encoder", "unet_64x64", "vae_decoder_64x64", "In all about", "of disk while it runs"):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())
     done = subprocess.run([*command, "--sizes", "65x64"], cwd=PACK, capture_output=True, text=True)

@@ -15,6 +15,7 @@ from compiler import CompilerError, Request, Toolchain, compile_checkpoint, pars
 from compiler.convert import Recipe
 from compiler.recipes import Attempt, Parity, first_bad_block, recipes
 from compiler.summary import estimate_brief, estimate_text, folder_text, made, report_brief, report_text
+from compiler.toolchain import MARK
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -32,6 +33,7 @@ def test_a_request_travels_whole(tmp_path):
     ({"name": ""}, "no name for a folder"), ({"name": "../x"}, "no name for a folder"), ({"name": ".x"}, "no name for a"),
     ({"name": "a/b"}, "no name for a folder"), ({"name": "x" * 200}, "no name for a folder"), ({"name": "x."}, "no name"),
     ({"name": "nul"}, "Windows keeps"), ({"name": "COM1.bmodels"}, "Windows keeps"), ({"name": "模" * 81}, "80 at most"),
+    ({"name": "\N{CJK UNIFIED IDEOGRAPH-20000}" * 79}, "no name for a folder"),        # 316 bytes
     ({"name": "there"}, "There is a 'there' already: choose another name"),
     ({"kinds": ()}, "connect a MODEL, a CLIP, a VAE"),
     ({"chip": "bm1688"}, "choose BM1684X and BM1684"),
@@ -109,7 +111,7 @@ def toolchain(folder: Path, script: str) -> Toolchain:
     chain.python.parent.mkdir(parents=True)
     chain.python.write_text("#!/bin/sh\nread request\n" + script)
     chain.python.chmod(0o755)
-    (folder / "stamp").touch()
+    (folder / "stamp").write_text(MARK)
     return chain
 
 
@@ -145,6 +147,19 @@ def test_what_goes_wrong_is_one_sentence(tmp_path, script, words):
 def test_without_a_compiler_the_command_is_named(tmp_path):
     with pytest.raises(CompilerError, match="is not installed on this server: run 'python -m compiler'"):
         compile_checkpoint(request(tmp_path), toolchain=Toolchain(tmp_path / "nothing"))
+
+
+def test_a_compiler_from_before_an_update_is_to_be_installed_anew(tmp_path):
+    chain = toolchain(tmp_path / "chain", "")
+    (chain.folder / "stamp").write_text("of another list of packages")
+    with pytest.raises(CompilerError, match="in another version than this one needs: run 'python -m compiler'"):
+        compile_checkpoint(request(tmp_path), toolchain=chain)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(CompilerError, match="models, for 'sd15', cannot be made: File exists."):
+        run(tmp_path, "exit 0")
 
 
 def test_a_cancel_ends_the_job_and_what_it_started(tmp_path):
