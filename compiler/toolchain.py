@@ -8,6 +8,7 @@ anything else.
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,8 +49,9 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 # with "GLIBC_2.36 not found". The system's own serves.
 BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
 MARK = hashlib.sha256("\n".join([COMPILER, *REQUIREMENTS, *BUNDLED_GLIBC]).encode()).hexdigest()
-# What is printed where memory ran out, by a shell of what the system killed, by C++ and by Python.
-OUT_OF_MEMORY = ("Killed", "bad_alloc", "MemoryError", "Cannot allocate memory")
+# What is printed where memory ran out: by a shell of what the system killed, by C++, by Python.
+OUT_OF_MEMORY = re.compile(r"^(Killed|.*std::bad_alloc.*|MemoryError.*|.*Cannot allocate memory.*)$", re.MULTILINE)
+REASON = re.compile(r"^.*(\berror: |Assertion .* failed|what\(\): ).*$", re.MULTILINE)  # of the compiler's own end
 NEARLY_FULL = 50e6  # bytes free on a disk where a tool failed: then that was the cause
 
 
@@ -170,7 +172,9 @@ def run(
 ):
     """Runs a command to its end; a failure is an error that quotes its last words and names the log."""
     arguments, name = [str(c) for c in command], Path(command[0]).name
+    killed = _killed_for_memory()
     with log.open("ab") as words:
+        begin = words.tell()
         options = {"cwd": cwd, "env": environment, "stdin": subprocess.DEVNULL, "stdout": words, "stderr": words}
         try:
             done = subprocess.run(arguments, timeout=seconds, check=False, **options)
@@ -181,8 +185,18 @@ def run(
         place = cwd or log.parent
         if shutil.disk_usage(place).free < NEARLY_FULL:
             raise DiskFull(f"The disk of {place} became full while {name} ran: make room there and try again.")
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
-        if done.returncode == -signal.SIGKILL or any(sign in line for line in lines[-20:] for sign in OUT_OF_MEMORY):
+        said = log.read_bytes()[begin:].decode(errors="replace")
+        if done.returncode == -signal.SIGKILL or OUT_OF_MEMORY.search(said) or _killed_for_memory() > killed:
             raise CompilerError(f"{name} was ended by the system, most likely because memory ran out (log: {log}).")
+        # the tools print their own end after that of the one which failed
+        reason = match[0] if (match := REASON.search(said)) else said.strip().rpartition("\n")[2] or "it said nothing"
         what = f"{name} failed with exit code {done.returncode}"
-        raise ToolFailed(f"{what}: {lines[-1].strip()[:300]} (all of it: {log}).")
+        raise ToolFailed(f"{what}: {reason.strip()[:300]} (all of it: {log}).")
+
+
+def _killed_for_memory() -> int:
+    """How many processes Linux has ended for want of memory, since it runs; not every shell says so."""
+    try:
+        return int(re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)[1])
+    except (OSError, TypeError):
+        return 0

@@ -121,12 +121,16 @@ def test_a_disk_that_becomes_full_is_said_so(request_of, monkeypatch):
     ("exit 3", 1e12, "sh failed with exit code 3: it said nothing"),
     ("echo 'no such layer'; exit 3", 1e12, "sh failed with exit code 3: no such layer"),
     ("echo 'no such layer'; exit 3", 1e6, "The disk of .* became full while sh ran: make room there"),
-    ("echo Killed >&2; exit 1", 1e12, "was ended by the system, most likely because memory ran out"),
+    # a tool's words come after those of the shell that it started, when it ends
+    ("echo Killed; seq 99; exit 1", 1e12, "was ended by the system, most likely because memory ran out"),
+    ("echo 'net.mlir:9:1: error: no such layer'; echo RuntimeError; exit 3", 1e12, "exit code 3: net.mlir:9:1: error: no"),
+    ("echo 'a/Killed.cpp'; exit 3", 1e12, "sh failed with exit code 3: a/Killed.cpp"),
     ("echo \"what():  std::bad_alloc\" >&2; exit 1", 1e12, "because memory ran out"),
     ("kill -9 $$", 1e12, "because memory ran out"),
 ])
 def test_why_a_tool_failed_is_said(tmp_path, monkeypatch, script, free, words):
     monkeypatch.setattr(tools.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e13, 1e13, free))
+    (tmp_path / "log").write_text("of the tool before:\nKilled\nerror: forgotten\n")
     with pytest.raises(CompilerError, match=words) as error:
         tools.run(["sh", "-c", script], tmp_path / "log", tmp_path)
     assert isinstance(error.value, ToolFailed) == ("exit code" in words), "what another recipe may do about"
