@@ -161,7 +161,11 @@ class Job:
     def failure(self, network: Network, graph: Graph, reference: Path, attempts: list[Attempt], feeds: dict) -> str:
         """Why none was good, in one sentence, with the block where the best one goes wrong."""
         if not feeds:
-            return attempts[0].failure
+            ways = ", ".join(str(attempt.recipe) for attempt in attempts)
+            return (
+                f"The {network.title} cannot be compiled for {self.request.chip.upper()} ({ways}): try a smaller size or "
+                f"another precision; the compiler said first: {attempts[0].failure}"
+            )
         tried = "; ".join(
             f"{a.recipe} " + ("does not compile" if a.failure else f"cosine {a.cosine:.5f}") for a in attempts
         )

@@ -26,12 +26,12 @@ def estimate_text(found: dict) -> str:
     for cost in found["costs"]:
         compiling = duration(_compiling(cost))
         rows.append((cost["name"], compiling, _simulated(cost), gigabytes(cost["memory"]), gigabytes(cost["result"])))
-    return f"{table(rows)}\n\n{_whole_estimate(found)}"
+    return "\n\n".join([table(rows), _whole_estimate(found), *found.get("notes", [])])
 
 
 def estimate_brief(found: dict) -> str:
     lines = [f"{c['name']}: {duration(_compiling(c))}, comparing {_simulated(c)}" for c in found["costs"]]
-    return "\n".join([_whole_estimate(found), *lines])
+    return "\n".join([_whole_estimate(found), *lines, *found.get("notes", [])])
 
 
 def _whole_estimate(found: dict) -> str:

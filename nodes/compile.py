@@ -110,7 +110,8 @@ class SophgoCompile(PackNode):
 
         progress(0.0, "Saving the weights, with all patches")
         with saved(parts, Path(request.folder), poll, empty=request.dry) as path:
-            return compile_checkpoint(request.of(path, source), toolchain=toolchain, progress=progress, poll=poll)
+            found = compile_checkpoint(request.of(path, source), toolchain=toolchain, progress=progress, poll=poll)
+        return {**found, "notes": source["notes"]} if request.dry else found
 
 
 def _same(request: Request, parts: list[Part]) -> dict | None:

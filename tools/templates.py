@@ -180,7 +180,7 @@ def look(page: Page, name: str) -> Image.Image:
     """What a template that makes no picture shows after a run: the beginning of its text."""
     page.evaluate(LOAD, template(name))
     page.get_by_test_id("queue-button").locator("button").first.click()
-    text = page.locator(".comfy-markdown", has=page.locator("pre"))
+    text = page.locator(".comfy-markdown", has=page.locator("pre, table"))
     text.wait_for()
     return Image.open(io.BytesIO(text.screenshot())).crop((0, 0, THUMBNAIL, THUMBNAIL))
 

@@ -178,20 +178,15 @@ def outside(model) -> list[str]:
     made = [thing for name, thing in model.object_patches.items() if not name.startswith("diffusion_model")]
     made += [value for name, value in options.items() if callable(value)]
     made += [value for name, values in options.items() if isinstance(values, list) for value in values if callable(value)]
-    for key, wrappers in _wrappers(model, options):
-        made += [wrapper for wrapper in wrappers if key != "torch.compile"]
+    wrapped = (key for kinds in (model.wrappers, options.get("transformer_options", {}).get("wrappers", {}))
+               for by_key in kinds.values() for key, wrappers in by_key.items() if wrappers and key != "torch.compile")
+    names = [*map(maker, made), *(f"A node before this one ({key})" for key in wrapped)]
     said = [f"{name} works on the sampling, which is not in the U-Net: put that node behind the loader, too."
-            for name in dict.fromkeys(map(maker, made))]
+            for name in dict.fromkeys(names)]
     if isinstance(sampling, comfy.model_sampling.V_PREDICTION) and "model_sampling" not in model.object_patches:
         said.append("The U-Net predicts v, and the loader takes it for one that predicts noise: put ModelSamplingDiscrete "
                     "with v_prediction behind the loader.")
     return said
-
-
-def _wrappers(model, options: dict) -> Iterator[tuple[str, list]]:
-    for kinds in (model.wrappers, options.get("transformer_options", {}).get("wrappers", {})):
-        for by_key in kinds.values():
-            yield from by_key.items()
 
 
 def _model(model) -> Part:
