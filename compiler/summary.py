@@ -105,9 +105,9 @@ def report_text(report: dict) -> str:
 def report_brief(report: dict) -> str:
     files = report["files"]
     size = gigabytes(sum(file["bytes"] for file in files))
-    lines = [f"'{report['name']}' for {report['chip']}, {size}. Press R, and the loaders offer it."]
+    lines = [f"'{report['name']}' for {report['chip']}, {size}", "press R, and the loaders offer it"]
     for file in files:
-        parity = f"cosine {worst(file['attempts'][-1]):.7f}" if file["verified"] else "not verified"
+        parity = f"cosine {worst(file['attempts'][-1]):.6f}" if file["verified"] else "not verified"
         lines.append(f"{file['file']}: {file['recipe']}, {parity}")
     return "\n".join([*lines, *_remarks(report)])
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Page, sync_playwright
 
 from tools.comfyui import Server
@@ -43,10 +43,11 @@ NOTE = "MarkdownNote"
 NOTE_SIZE = (900, 110)
 # Where the frontend's size has no room for a text or for what a node shows after a run.
 SIZES = {"CLIPTextEncode": (320, 110), "SophgoTextEncode": (320, 200), "SaveImage": (240, 270), "PreviewImage": (240, 240),
-         "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "SophgoCompile": (340, 460), "StringConcatenate": (260, 160),
+         "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "SophgoCompile": (360, 490), "StringConcatenate": (260, 160),
          "SophgoLoadCheckpoint": (440, 276), "SophgoLoadCLIP": (340, 160), "SophgoLoadUNet": (340, 140),
          "SophgoLoadVAE": (340, 220), "AscendLoadSDXL": (400, 170), "AscendSDXLConditioner": (320, 370),
-         "AscendVAEDecode": (230, 46), "AscendVAEEncode": (230, 46)}
+         "SophgoParity": (300, 460), "SophgoParityGate": (320, 180), "AscendVAEDecode": (230, 46),
+         "AscendVAEEncode": (230, 46)}
 COLUMNS = 6                                  # more than these continue below, as lines of a text do
 GAP_X, GAP_Y, TITLE = 60, 24, 30             # a node's title lies above its position
 SCREEN = (80, 170, 1500, 690)                # left, top, width, height of what toolbars leave free on a small screen
@@ -171,8 +172,11 @@ def thumbnail(pictures: list[Image.Image]) -> Image.Image:
     top = (THUMBNAIL - math.ceil(len(pictures) / across) * side) // 2
     square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
     for i, picture in enumerate(pictures):
-        tile = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-        square.paste(tile, (i % across * side, top + i // across * side))
+        # Small ones stay sharp, larger ones readable.
+        method = Image.Resampling.NEAREST if max(picture.size) <= side else Image.Resampling.LANCZOS
+        tile = ImageOps.contain(picture.convert("RGB"), (side, side), method)
+        left, above = i % across * side + (side - tile.width) // 2, i // across * side + (side - tile.height) // 2
+        square.paste(tile, (left, top + above))
     return square
 
 
@@ -192,6 +196,7 @@ def run(server: Server, page: Page, name: str) -> None:
     print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     images = [image for node in sorted(outputs, key=int) for image in outputs[node].get("images", [])]
     pictures = [Image.open(io.BytesIO(server.picture(image))) for image in images]
+    pictures = [picture for picture in pictures if max(picture.size) > THUMBNAIL] or pictures      # a plot needs all room
     if not pictures:
         pictures = [look(page, name)]
     thumbnail(pictures).save(WORKFLOWS / f"{name}.jpg", quality=90)

@@ -198,7 +198,7 @@ def test_the_texts_say_what_counts():
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in tables}) == 1 and set(tables[1]) == {"|", "-"}
     assert report_brief(model_json()).splitlines() == [
-        "'sd15' for BM1684X, 3.4 GB. Press R, and the loaders offer it.", "unet.bmodel: BF16, cosine 0.9999000",
+        "'sd15' for BM1684X, 3.4 GB", "press R, and the loaders offer it", "unet.bmodel: BF16, cosine 0.999900",
         "unet.bmodel: BF16, not verified", "unet.bmodel: F16: cosine 0.50000 did not do, BF16 did", "Put it behind."]
 
 
