@@ -13,13 +13,14 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench import growth
 from demo.record import node, record, workflow
 from engines.alignment import report
 from engines.alignment.__main__ import networks_of
-from engines.alignment.align import NO_CAUSES, align
+from engines.alignment.align import align
 from engines.alignment.plot import Line, Panel, draw
 from engines.alignment.recording import Recording
 from engines.devices import find_devices
@@ -29,7 +30,8 @@ from tools.install import LOCAL, PACK
 WORK = LOCAL / "alignment"
 IMAGES = PACK / "docs" / "images"
 SHIPPED = PACK / "demo" / "models"
-STEPS = 20
+STEPS = growth.STEPS
+SHOWN = (1, 5, 10, 15, 20)       # steps in the table of how errors grow
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def recorded(name: str, prompt: dict, work: Path) -> Recording:
 
 
 def measure(variant: Variant, work: Path) -> list[dict]:
-    """Rows as engines.alignment.report.as_json has them, forced and free, and a last one with the PSNR."""
+    """Rows as engines.alignment.report.as_json has them, forced and free; then the causes found and the PSNR."""
     name = variant.title.replace(" ", "-").replace(",", "").lower()
     kept = work / f"{name}.json"
     if kept.exists():
@@ -129,13 +131,26 @@ def measure(variant: Variant, work: Path) -> list[dict]:
     say(f"{variant.title}: teacher-forced")
     try:
         networks, names = networks_of(folder, find_devices(None, PACK), "auto", False)
-        forced = align(reference, networks, names=names, causes=NO_CAUSES)
+        forced = report.as_json(align(reference, networks, names=names))
     finally:
         Worker.close_all()
-    free = align(reference, candidate=recorded(name, compiled(name, variant), work), causes=NO_CAUSES)
-    rows = [*report.as_json(forced)["rows"], *report.as_json(free)["rows"], {"mode": "picture", "psnr": free.psnr}]
+    free = report.as_json(align(reference, candidate=recorded(name, compiled(name, variant), work)))
+    rows = [*forced["rows"], *free["rows"], {"mode": "causes", "found": forced["findings"] + free["findings"]},
+            {"mode": "picture", "psnr": free["psnr"]}]
     kept.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
+
+
+def grow(work: Path) -> tuple[dict[tuple[str, str], growth.Grown], growth.Grown, float]:
+    """growth.small_errors and growth.fractions, and the share of pictures that obey without any error."""
+    kept = work / "growth.json"
+    if not kept.exists():
+        say("how errors grow, in torch")
+        demo = growth.Demo()
+        errors = [[*kind, asdict(found)] for kind, found in growth.small_errors(demo).items()]
+        kept.write_text(json.dumps([errors, asdict(growth.fractions(demo)), demo.unharmed], indent=1) + "\n")
+    errors, fractions, unharmed = json.loads(kept.read_text())
+    return {(size, kind): growth.Grown(**found) for size, kind, found in errors}, growth.Grown(**fractions), unharmed
 
 
 # Tables and plots ----------------------------------------------------------------------------------------------------
@@ -149,6 +164,7 @@ def series(rows: list[dict], mode: str, measure: str, stage: str = "unet", array
 
 
 def table(results: dict[str, list[dict]]) -> Iterator[str]:
+    """Of a stage's calls the mean, and of the U-Net's also the last one's relative error, in Markdown."""
     yield "| files | stage | mode | L1 | relative | cosine |"
     yield "|---|---|---|---|---|---|"
     for title, rows in results.items():
@@ -161,28 +177,58 @@ def table(results: dict[str, list[dict]]) -> Iterator[str]:
                     yield f"| {title} | {stage} {array} | {mode} | not finite | | |"
                     continue
                 mean = {key: sum(row[key] for row in good) / len(good) for key in ("l1", "relative", "cosine")}
-                last = f" (last {good[-1]['relative']:.2%})" if len(good) > 2 else ""
-                yield (f"| {title} | {stage} {array} | {mode} | {mean['l1']:.2e} | {mean['relative']:.3%}{last} | "
-                       f"{mean['cosine']:.7f} |")
+                relative = report.percent(mean["relative"])
+                relative += f", last {report.percent(good[-1]['relative'])}" if len(good) > 2 else ""
+                yield f"| {title} | {stage} {array} | {mode} | {mean['l1']:.1e} | {relative} | {mean['cosine']:.7f} |"
+        found = [finding["sentence"] for row in rows if row["mode"] == "causes" for finding in row["found"]]
+        yield f"| {title} | causes | | {' '.join(found) or 'none'} | | |"
         yield f"| {title} | picture | | PSNR {rows[-1]['psnr']:.1f} dB | | |"
 
 
-def plots(precisions: dict[str, list[dict]], timesteps: dict[str, list[dict]], grown: dict, images: Path) -> None:
-    images.mkdir(parents=True, exist_ok=True)
+def plots(precisions: dict[str, list[dict]], timesteps: dict[str, list[dict]], images: Path) -> None:
+    def lines(results: dict[str, list[dict]], mode: str, measure: str) -> list[Line]:
+        return [Line(title, series(rows, mode, measure)) for title, rows in results.items()]
+    save(images / "alignment-precisions.png", [
+        Panel("relative error of a prediction, teacher-forced", lines(precisions, "teacher-forced", "relative")),
+        Panel("relative error of a prediction, free-running", lines(precisions, "free-running", "relative")),
+        Panel("1 - cosine of a prediction, teacher-forced", lines(precisions, "teacher-forced", "cosine")),
+        Panel("1 - cosine of a prediction, free-running", lines(precisions, "free-running", "cosine"))])
+    pairs = []
+    for mode in ("teacher-forced", "free-running"):
+        pairs.append([])
+        for colour, (title, rows) in enumerate(timesteps.items()):
+            twin = title.partition(",")[0]
+            for told, some, dash in (("float", rows, 1), ("integer", precisions[twin], 0)):
+                pairs[-1].append(Line(f"{twin.split()[1]}, {told}", series(some, mode, "relative"), dash, colour))
+    save(images / "alignment-timestep.png", [
+        Panel("float and integer timestep, teacher-forced", pairs[0]),
+        Panel("float and integer timestep, free-running", pairs[1])])
 
-    def lines(results: dict[str, list[dict]], mode: str, measure: str, pairs: bool = False) -> list[Line]:
-        looks = [((number + 1) % 2, number // 2) if pairs else (0, number) for number in range(len(results))]
-        return [Line(title, series(rows, mode, measure), *look) for (title, rows), look in zip(results.items(), looks)]
-    draw([Panel("L1 a step, teacher-forced", lines(precisions, "teacher-forced", "l1")),
-          Panel("L1 a step, free-running", lines(precisions, "free-running", "l1")),
-          Panel("1 - cosine a step, teacher-forced", lines(precisions, "teacher-forced", "cosine")),
-          Panel("1 - cosine a step, free-running", lines(precisions, "free-running", "cosine"))],
-         ).save(images / "alignment-precisions.png")
-    draw([Panel("relative error a step, teacher-forced", lines(timesteps, "teacher-forced", "relative", True)),
-          Panel("relative error a step, free-running", lines(timesteps, "free-running", "relative", True))],
-         ).save(images / "alignment-timestep.png")
-    draw([Panel("relative error of the latent, from 0.3 % a step", [Line(*item) for item in grown.items()],
-                logarithmic=False)]).save(images / "alignment-growth.png")
+
+def plot_growth(grown: dict[tuple[str, str], growth.Grown], images: Path) -> None:
+    save(images / "alignment-growth.png", [
+        Panel(f"relative error of the latent, from {size} a step",
+              [Line(kind, list(enumerate(found.latents, 1))) for (said, kind), found in grown.items() if said == size])
+        for size in growth.ERRORS])
+
+
+def save(file: Path, panels: list[Panel]) -> None:
+    """With few colours: a line needs no more, and the file is a third."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draw(panels).quantize(64).save(file, optimize=True)
+    say(f"{file.name}: {file.stat().st_size / 1e3:.0f} KB")
+
+
+def growth_table(grown: dict[tuple[str, str], growth.Grown], fractions: growth.Grown, unharmed: float) -> Iterator[str]:
+    yield f"| error of each prediction | {' | '.join(f'after step {step}' for step in SHOWN)} | pictures | obey |"
+    yield "|---|" + "---|" * (len(SHOWN) + 2)
+    for (size, kind), found in grown.items():
+        cells = " | ".join(f"{found.latents[step - 1]:.2%}".replace("%", " %") for step in SHOWN)
+        yield f"| {size}, {kind} | {cells} | {found.psnr:.1f} dB | {found.obey:.1%} |"
+    yield f"| none | | | | | | {unharmed:.1%} |"
+    yield (f"Fractions of timesteps against whole ones, {growth.ARTICLE_STEPS} steps: a call's relative error "
+           f"{max(fractions.calls):.2%} at most, its cosine {min(fractions.cosines):.7f} at least; the last latent's "
+           f"{fractions.latents[-1]:.2%}, pictures {fractions.psnr:.1f} dB.")
 
 
 def say(text: str) -> None:
@@ -195,8 +241,12 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=IMAGES)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    grown, fractions, unharmed = grow(args.work)
+    plot_growth(grown, args.images)
+    print("\n".join(growth_table(grown, fractions, unharmed)), flush=True)
     precisions = {variant.title: measure(variant, args.work) for variant in PRECISIONS}
     timesteps = {variant.title: measure(variant, args.work) for variant in FLOAT_TIMESTEPS}
+    plots(precisions, timesteps, args.images)
     print("\n".join(table({**precisions, **timesteps})))
 
 

@@ -26,7 +26,7 @@ from ..workers import Worker
 from . import report
 from .align import LOOK_FOR_CAUSES, align
 from .compare import Networks, judge
-from .recording import Call, Recording
+from .recording import Call, Recording, known_ids
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,7 @@ def networks_of(path: Path, devices: Devices, device: str, scale_inside: bool) -
 
 
 def _text(stage, call: Call) -> dict[str, np.ndarray]:
-    hidden, pooled = stage(call.inputs["ids"])
+    hidden, pooled = stage(known_ids(call))
     return {"hidden": hidden} | ({} if pooled is None else {"pooled": pooled})
 
 

@@ -27,7 +27,7 @@ CAUSES = {
     "overflow": "NaN or infinite values",
     "other_run": "runs that do not belong together",
 }
-FINE = 3e-4                       # relative error that needs no explanation: single precision, summed in another order
+FINE = 6e-4                       # relative error that needs no explanation: the BM1684X's worst call in F32 has 5.5e-4
 EXPLAINS = 0.5                    # of the error may be left when a fault is undone
 START, END = 49406, 49407         # CLIP's token ids
 
@@ -77,6 +77,11 @@ def residual_order(moved: Mapping[str, str]) -> str:
 
 
 def overflow(call: Call, layer: str | None = None) -> str:
+    """The sentence for a call whose answer is not finite; layer: the first of the network whose answer is not."""
+    given = [name for name, array in call.inputs.items() if not np.isfinite(array).all()]
+    if given:
+        return (f"The {ROLES[call.stage]} was given NaN or infinite values{call.where} ({', '.join(given)}): look at what "
+                "comes before it.")
     first = f", first in its layer '{layer}'" if layer else ""
     return (f"The {ROLES[call.stage]} answers finite inputs with NaN or infinite values{call.where}{first}: half precision "
             "overflows beyond 65504, compile it as BF16 or F32.")

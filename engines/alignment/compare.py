@@ -168,8 +168,8 @@ def pairs(reference: Recording, candidate: Recording) -> list[Pair]:
             wanted, got = f"{len(theirs)} times", f"{len(ours)} times"
             if wanted == got:
                 wanted, got = (f"with {_rows(calls)} rows in all" for calls in (theirs, ours))
-            raise RecordingError(f"The runs cannot be set side by side: '{reference.name}' calls the {ROLES[stage]} {wanted} "
-                                 f"and '{candidate.name}' {got}; {advice}.")
+            raise RecordingError(f"The runs cannot be set side by side: '{reference.name}' calls the {ROLES[stage]} "
+                                 f"{wanted} and '{candidate.name}' {got}; {advice}.")
         found += [Pair(number, _joined(a), _joined(b)) for number, (a, b) in enumerate(matched)]
     return found
 

@@ -189,10 +189,7 @@ def _overflow(calls: Sequence[Call]) -> Iterator[Finding]:
     for call in calls:
         if all(np.isfinite(array).all() for array in call.outputs.values()):
             continue
-        given = [name for name, array in call.inputs.items() if not np.isfinite(array).all()]
-        said = (f"The {ROLES[call.stage]} was given NaN or infinite values{call.where} ({', '.join(given)}): look at what "
-                "comes before it." if given else causes.overflow(call))
-        yield Finding("overflow", call.stage, said, call.facts.get("step"))
+        yield Finding("overflow", call.stage, causes.overflow(call), call.facts.get("step"))
         return
 
 

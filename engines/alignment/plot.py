@@ -54,7 +54,7 @@ def of_parity(parity: Parity) -> Image.Image:
                     lines.append(Line(named, points, dash % len(DASHES), colour))
         told = "U-Net prediction" if arrays[:1] == [("unet", "prediction")] else "answers"
         panels.append(Panel(f"{title} of the {told}", lines, "call"))
-    return draw(panels)
+    return draw(panels, columns=1)
 
 
 def draw(panels: Sequence[Panel], columns: int = 2) -> Image.Image:

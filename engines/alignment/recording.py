@@ -28,6 +28,7 @@ VERSION = 1
 SUFFIX = ".npz"
 LIMIT_BYTES = 512 << 20
 NAME = re.compile(r"\w[\w .()+-]{0,99}")      # a file name on every system, with nothing of a path in it
+UNKNOWN_TOKEN = -1                            # among ids: a token that is an embedding (textual inversion)
 # What a call of each stage has at least, given and answered.
 NEEDED = {"text_encoder": ({"ids"}, {"hidden"}), "unet": ({"latent", "timestep"}, {"prediction"}),
           "vae_decoder": ({"latent"}, {"image"}), "vae_encoder": ({"image"}, {"latent"})}
@@ -120,6 +121,14 @@ def recording_path(name: str, folder: Path) -> Path:
         raise RecordingError(f"'{name[:80]}' cannot be the name of a recording: use letters, digits, spaces and "
                              "- _ . ( ) + in it, 100 at most.")
     return folder / f"{name}{SUFFIX}"
+
+
+def known_ids(call: Call) -> np.ndarray:
+    """A text encoder's ids. Raises RecordingError where one stands for an embedding, which is not kept."""
+    if (call.inputs["ids"] == UNKNOWN_TOKEN).any():
+        raise RecordingError("The recorded prompt names a textual inversion embedding, which is not kept: record one of "
+                             "words only.")
+    return call.inputs["ids"]
 
 
 class Recorder:

@@ -16,13 +16,12 @@ import torch
 from comfy import sd1_clip
 from comfy.patcher_extension import WrappersMP
 
-from ...engines.alignment.recording import Recorder
+from ...engines.alignment.recording import UNKNOWN_TOKEN, Recorder
 from .host import tell
 
 KEY = "sophgo_record"
 PLACES = {"output": "residual.{}", "middle": "residual.mid.{}", "input": "residual.in.{}"}     # of ComfyUI's control dict
 MIDDLE = {"residual.mid.0": "residual.mid"}
-UNKNOWN = -1                         # stands for a token that is an embedding (textual inversion)
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
@@ -48,6 +47,7 @@ def record_model(model, recorder: Recorder):
         with _watched(executor.class_obj.diffusion_model, recorder):
             return executor(*args, **kwargs)
 
+    apply.__qualname__ = "SophgoRecord"      # by this a sampler that refuses wrappers names the node
     recorded.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{recorder.name}", apply)
     return recorded
 
@@ -167,9 +167,9 @@ def text_encoders(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def _ids(sections: list[list]) -> np.ndarray:
-    rows = [[token if isinstance(token, int) else UNKNOWN for token in section] for section in sections]
+    rows = [[token if isinstance(token, int) else UNKNOWN_TOKEN for token in section] for section in sections]
     longest = max(map(len, rows))
-    return np.array([row + [UNKNOWN] * (longest - len(row)) for row in rows], np.int32)
+    return np.array([row + [UNKNOWN_TOKEN] * (longest - len(row)) for row in rows], np.int32)
 
 
 def record_clip(clip, recorder: Recorder):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ...engines.alignment.compare import Networks
-from ...engines.alignment.recording import Call
+from ...engines.alignment.recording import Call, known_ids
 from ...engines.errors import EngineError
 from ...engines.roles import ROLES
-from .recording import UNKNOWN, arrays_to_control, behind, text_encoders, to_array
+from .recording import arrays_to_control, behind, text_encoders, to_array
 
 
 def networks_of(model=None, clip=None, vae=None) -> Networks:
@@ -87,10 +87,7 @@ class _Text:
         if part not in encoders:
             raise EngineError(f"The recording holds calls of a text encoder '{part}' and this CLIP has "
                               f"{', '.join(encoders) or 'none'}: compare models of one family.")
-        ids = call.inputs["ids"]
-        if (ids == UNKNOWN).any():
-            raise EngineError("The recorded prompt names a textual inversion embedding, which is not kept: record one of "
-                              "words only.")
+        ids = known_ids(call)
         model = behind(self.clip.cond_stage_model)
         model.reset_clip_options()
         if self.clip.layer_idx is not None:
@@ -116,13 +113,12 @@ class _Half:
 
 @contextmanager
 def _fitting(call: Call) -> Iterator[None]:
-    """What torch says of inputs that do not fit, as a sentence."""
+    """Instead of what torch says of inputs that do not fit, a sentence."""
     try:
         yield
     except (EngineError, comfy.model_management.OOM_EXCEPTION):
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, KeyError) as error:
         given = ", ".join(f"{name} {list(array.shape)}" for name, array in list(call.inputs.items())[:5])
-        told = str(error).strip().partition("\n")[0][:160]
-        raise EngineError(f"This {ROLES[call.stage]} cannot take what the recording holds{call.where} ({given}): "
-                          f"{told or type(error).__name__}; compare models of one family.") from error
+        raise EngineError(f"This {ROLES[call.stage]} cannot take what the recording holds{call.where} ({given}): compare "
+                          "models of one family.") from error

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,9 +106,12 @@ def checkpoints(base):
     save_file(weights | {wide: torch.zeros(32, 2048)}, folder / "xl.safetensors")
     (folder / "short.safetensors").write_bytes(DEMO_CHECKPOINT.read_bytes()[:1_000_000])
     (folder / "garbage.safetensors").write_bytes(b"garbage" * 100)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    inpaint = torch.cat([weights[first], torch.randn(32, 5, 3, 3).to(weights[first]) / 20], 1)
     gap = "model.diffusion_model.out.0.weight"
     metadata = {"sophgo_ascend": '{"unet": {"heads": 4, "groups": 4}, "vae": {"groups": 1}, "text_encoder": {"heads": 4}}'}
     save_file({name: weight for name, weight in weights.items() if name != gap}, folder / "gap.safetensors", metadata)
+    save_file(weights | {first: inpaint}, folder / "inpaint.safetensors", metadata)
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -236,6 +241,125 @@ def test_two_recordings_of_one_name(server, graph):
     refusal(server, run.latent, f"2 nodes of this workflow record as '{run.name}'")
 
 
+@pytest.mark.parametrize(("sampler_name", "scheduler"), [
+    ("euler_ancestral", "normal"), ("dpmpp_sde", "karras"), ("dpmpp_2m", "exponential"), ("lcm", "sgm_uniform"),
+    ("uni_pc", "simple"), ("dpm_adaptive", "normal"),
+])
+def test_samplers(server, base, graph, sampler_name, scheduler):
+    """Also those that call the network between the steps, as often as they like, or not at the last level."""
+    run = Run(graph, torch_parts(graph), sampler_name=sampler_name, scheduler=scheduler)
+    text = said(server, compare(run, model=run.parts[0]))
+    steps = [call.facts["step"] for call in run.file(base).of("unet")]
+    assert steps[0] == 1 and steps[-1] == 3 and steps == sorted(steps) and run.file(base).stopped_at == ""
+    assert "The U-Net answers exactly as the reference does." in text, text
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_batches_and_areas(server, base, graph, cfg):
+    """Rows that differ in number and size from call to call."""
+    parts = torch_parts(graph)
+    runs = [Run(graph, parts, cfg=cfg), Run(graph, parts, cfg=cfg)]
+    for run in runs:
+        area = graph.ConditioningSetArea(conditioning=graph.prompt(run.clip, "a small star"), width=64, height=64, x=64, y=0,
+                                         strength=1.0)
+        both = graph.ConditioningCombine(conditioning_1=run.positive, conditioning_2=area)
+        graph[run.latent.id]["inputs"] |= {"positive": [both.id, 0], "latent_image": [graph.empty(128, batch=2).id, 0]}
+    text = said(server, compare(runs[0], model=parts[0], clip=parts[1], candidate=runs[1].recording,
+                                candidate_images=runs[1].image))
+    assert "The U-Net answers exactly" in text and "The pictures are equal." in text and "No classic cause" in text, text
+    assert {call.inputs["latent"].shape[-1] for call in runs[0].file(base).of("unet")} == {8, 16}
+
+
+def test_a_picture_in_tiles(server, base, graph):
+    """Image to image; each tile is a call."""
+    run = Run(graph, torch_parts(graph), denoise=0.5)
+    wide = graph.EmptyImage(width=128, height=64, batch_size=1, color=0xFF8800)
+    graph[run.latent.id]["inputs"]["latent_image"] = [graph.VAEEncode(pixels=wide, vae=run.vae).id, 0]
+    tiled = graph.VAEDecodeTiled(samples=run.latent, vae=run.vae, tile_size=64, overlap=32, temporal_size=64,
+                                 temporal_overlap=8)
+    model, clip, vae = run.parts
+    text = said(server, compare(run, reference_images=tiled, model=model, clip=clip, vae=vae))
+    assert "No classic cause" in text and "VAE encoder" in text, text
+    assert len(run.file(base).of("vae_decoder")) > 3
+
+
+def test_an_inpainting_model(server, base, checkpoints, graph):
+    """Nine channels: latent, mask and the picture without what is masked."""
+    loader = graph.SophgoLoadReference(ckpt_name="inpaint.safetensors")
+    run = Run(graph, (loader[0], loader[1], loader[2]))
+    made = graph.InpaintModelConditioning(positive=run.positive, negative=run.negative, vae=run.vae, pixels=white(graph),
+                                          mask=graph.SolidMask(value=1.0, width=64, height=64), noise_mask=True)
+    graph[run.latent.id]["inputs"] |= {"positive": [made.id, 0], "negative": [made.id, 1], "latent_image": [made.id, 2]}
+    assert "answers exactly" in said(server, compare(run, model=run.parts[0]))
+    assert run.file(base).of("unet")[0].inputs["latent"].shape == (2, 9, 8, 8)
+    other = Graph()
+    loaded = other.SophgoLoadRecording(recording_name=run.name)
+    other.SophgoParity(reference=loaded, causes="no", model=torch_parts(other)[0])
+    fails(server, other, "U-Net cannot take what the recording holds at step 1 of 3", "latent [2, 9, 8, 8]", "one family")
+
+
+def test_sdxl(server, base, tiny_sdxl, graph):
+    """Two text encoders and a vector beside the context; a sampler that makes no single calls says what to do."""
+    run = Run(graph, graph.sdxl(), steps=2)
+    model, clip, vae = run.parts
+    text = said(server, compare(run, model=model, clip=clip, vae=vae))
+    assert "The U-Net answers exactly" in text and text.count("text encoder  4") == 2, text
+    assert {"y", "context"} < set(run.file(base).of("unet")[0].inputs)
+    refusal(server, graph.sample_sdxl(run.model, *graph.condition(clip, "a star"), graph.empty()), "SophgoRecord",
+            "use KSampler")
+    for part, words in ((0, "U-Net cannot take"), (1, "text encoder 'clip_g'")):
+        other = Graph()
+        loaded = other.SophgoLoadRecording(recording_name=run.name)
+        other.SophgoParity(reference=loaded, causes="no", **{"model" if part == 0 else "clip": torch_parts(other)[part]})
+        fails(server, other, words, "one family")
+
+
+def test_two_runs_queued_at_once(server, base, graph):
+    """One after the other, each its own recording."""
+    run = Run(graph, torch_parts(graph))
+    node = compare(run, model=run.parts[0])
+    with ThreadPoolExecutor() as pool:
+        outputs = list(pool.map(lambda _: server.run(graph), range(2)))
+    assert all("answers exactly" in found[node.id]["text"][0] for found in outputs)
+    assert len(run.file(base).of("unet")) == 3
+
+
+def test_an_interrupted_run(server, base, graph):
+    """What it did is there and says so; the next run is whole."""
+    whole, other = Run(graph, torch_parts(graph)), Graph()
+    run = Run(other, torch_parts(other), name="interrupted", steps=2000)
+    pictures(server, whole.image)
+    other.SaveImage(images=run.image, filename_prefix="never")
+    path = base / "output" / "recordings" / "interrupted.npz"
+
+    def interrupt():
+        while not path.exists() or path.stat().st_size < 100_000:      # two calls of the text encoder, some of the U-Net
+            time.sleep(0.05)
+        server.post("/interrupt")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(interrupt)
+        with pytest.raises(ServerError, match="^interrupted$"):
+            server.run(other)
+        waiting.result()
+    early = run.file(base)
+    assert early.stopped_at and early.stopped_at.endswith("of 2000")
+    later = Graph()
+    loaded = [later.SophgoLoadRecording(recording_name=name) for name in (whole.name, "interrupted")]
+    later.SophgoParity(reference=loaded[0], causes="no", candidate=loaded[1])
+    fails(server, later, "'interrupted' ends at step", "record it again")
+    fresh = Graph()
+    again = Run(fresh, torch_parts(fresh), name="interrupted")
+    pictures(server, again.image)
+    assert len(again.file(base).of("unet")) == 3 and not again.file(base).stopped_at
+
+
+def test_a_recording_that_would_replace_the_one_it_is_compared_with(server, graph):
+    run = Run(graph, torch_parts(graph))
+    pictures(server, run.image)
+    compare(run, reference=graph.SophgoLoadRecording(recording_name=run.name), candidate=run.recording)
+    fails(server, graph, f"loads the recording '{run.name}' and would replace it", "another name")
+
+
 # -- comparing ---------------------------------------------------------------------------------------------------------
 def test_torch_and_onnx_compared(server, base, graph):
     reference = Run(graph, torch_parts(graph))
@@ -323,6 +447,15 @@ def test_comparisons_that_are_refused(server, graph, change, words):
         if value is None:
             graph[str(len(graph))]["inputs"].pop(name, None)
     fails(server, graph, *words)
+
+
+def test_runs_of_another_batch_or_seed(server, graph):
+    reference, two, seed = (Run(graph, torch_parts(graph), **more) for more in ({}, {}, {"seed": 5}))
+    graph[two.latent.id]["inputs"]["latent_image"] = [graph.empty(batch=2).id, 0]
+    text = said(server, compare(reference, candidate=seed.recording, candidate_images=seed.image))
+    assert "do not belong together: they do not start from the same latent" in text, text
+    compare(reference, candidate=two.recording, candidate_images=two.image)
+    fails(server, graph, "calls the U-Net with 6 rows in all", "12 rows in all", "batch size")
 
 
 def test_runs_of_another_length(server, graph):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engines.alignment import report
+from engines.alignment.align import NO_CAUSES, align
 from engines.alignment.causes import Finding
 from engines.alignment.compare import (
     FORCED,
@@ -21,7 +22,7 @@ from engines.alignment.compare import (
     psnr,
 )
 from engines.alignment.plot import Line, Panel, draw, of_parity
-from engines.alignment.recording import Recording
+from engines.alignment.recording import Recorder, Recording
 from engines.errors import EngineError, NotFinite
 from tests.helpers import toy_networks
 from tests.helpers.toy_networks import Network, networks, run
@@ -115,6 +116,38 @@ def test_runs_of_another_kind(tmp_path):
         pairs(run(tmp_path / "a.npz"), run(tmp_path / "b.npz", steps=7))
 
 
+def test_runs_of_another_batch(tmp_path):
+    def twice(stage, inputs):
+        return {name: np.repeat(array, 2, 0) for name, array in inputs.items()}
+    alone = run(tmp_path / "a.npz", steps=1)
+    recorder = Recorder(tmp_path / "b.npz", "b")
+    for call in alone.calls:
+        recorder.add(call.stage, twice(call.stage, call.inputs), twice(call.stage, call.outputs), **call.facts)
+    with pytest.raises(EngineError, match="'a' calls the text encoder with 2 rows in all and 'b' with 4 rows in all"):
+        pairs(alone, recorder.recording())
+
+
+def test_text_encoders_of_two_parts_are_not_mixed(tmp_path):
+    """SDXL's two get the same ids where neither pads, and answer in different widths."""
+    def recorded(name, parts):
+        recorder = Recorder(tmp_path / f"{name}.npz", name)
+        for part in parts:
+            hidden = np.ones((1, 77, 3 + len(part)))
+            recorder.add("text_encoder", {"ids": np.full((1, 77), 5)}, {"hidden": hidden}, part=part)
+        return recorder.recording()
+    matched = pairs(recorded("a", ["clip_l", "clip_big"]), recorded("b", ["clip_big", "clip_l"]))
+    assert [pair.candidate.facts["part"] for pair in matched] == ["clip_l", "clip_big"]
+    assert all(row.difference.relative == 0 for row in free(matched))
+
+
+def test_shapes_that_differ_have_a_reason(tmp_path):
+    """The cause is told rather than the shapes."""
+    with pytest.raises(EngineError, match="do not belong together: the first latent is"):
+        align(run(tmp_path / "a.npz"), candidate=run(tmp_path / "b.npz", width=16))
+    with pytest.raises(EngineError, match="the U-Net's latent at step 1 of 5 is"):
+        align(run(tmp_path / "a.npz"), candidate=run(tmp_path / "b.npz", width=16), causes=NO_CAUSES)
+
+
 def test_a_full_recording_is_compared_as_far_as_it_goes(tmp_path):
     reference = run(tmp_path / "a.npz")
     cut = Recording("cut", reference.calls[:4], {}, full=True)
@@ -198,7 +231,7 @@ def test_description(tmp_path):
 
 def test_plot(whole):
     picture = of_parity(whole)
-    assert picture.mode == "RGB" and picture.size == (1120, 400)
+    assert picture.mode == "RGB" and picture.size == (560, 800)
     colours = {colour for _, colour in picture.getcolors(1 << 20)}
     assert (0, 0x72, 0xb2) in colours and (0xd5, 0x5e, 0) in colours and len(colours) > 20
 
@@ -206,7 +239,7 @@ def test_plot(whole):
 @pytest.mark.parametrize("rows", [[], [row(1.0)], [row(math.nan)],
                                   [Row(FORCED, "text_encoder", 0, "hidden", Difference(0, 0, 0, 1))]], ids=str)
 def test_plot_of_next_to_nothing(rows):
-    assert of_parity(parity(*rows)).size[1] == 400
+    assert of_parity(parity(*rows)).size == (560, 800)
 
 
 def test_plot_axes():

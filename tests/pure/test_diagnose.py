@@ -2,11 +2,13 @@
 
 Around the networks a fault is planted into what a recorded run gives them, inside one into a network that is called.
 """
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from engines.alignment.causes import CAUSES, bfloat16, float16
-from engines.alignment.compare import forced, pairs
+from engines.alignment.compare import Pair, forced, pairs
 from engines.alignment.diagnose_networks import diagnose_networks
 from engines.alignment.diagnose_runs import diagnose_runs
 from engines.errors import NotFinite
@@ -14,6 +16,11 @@ from tests.helpers import toy_networks
 from tests.helpers.toy_networks import END, RESIDUALS, SCALE, START, Network, networks, run
 
 PHOTO = np.random.default_rng(3).uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
+
+
+def test_every_cause_is_planted():
+    assert {cause for _, cause, _ in RUNS.values()} | {cause for *_, cause, _ in INSIDE.values()} | {
+        "residual_order", "residual_ignored", "overflow"} == set(CAUSES)
 
 
 # -- around the networks -----------------------------------------------------------------------------------------------
@@ -122,6 +129,20 @@ def test_overflow_in_a_run_names_its_first_call(tmp_path):
     overflow.calls = 0
     finding, = of_runs(tmp_path, after=overflow)
     assert (finding.cause, finding.stage, finding.step) == ("overflow", "unet", 3) and "step 3 of 5" in finding.sentence
+
+
+@pytest.mark.parametrize(("computes_in", "causes"), [("bfloat16", []), ("float16", ["cast"]), (None, ["cast"])])
+def test_a_torch_network_in_16_bits_is_given_them_rightly(tmp_path, computes_in, causes):
+    """It is not blamed for its own type, but is for another one."""
+    reference, candidate = run(tmp_path / "a.npz"), run(tmp_path / "b.npz", to("unet", "latent", bfloat16))
+    told = [Pair(pair.number, pair.reference, replace(pair.candidate, facts={**pair.candidate.facts, "dtype": computes_in}))
+            for pair in pairs(reference, candidate)]
+    assert [finding.cause for finding in diagnose_runs(told)] == causes
+
+
+def test_nan_in_residuals_is_no_order(tmp_path):
+    findings = of_runs(tmp_path, to("unet", "residual.1", lambda r: r * np.nan), residuals=True)
+    assert [finding.cause for finding in findings] == ["overflow"] and "residual.1" in findings[0].sentence
 
 
 def test_nan_that_came_from_before(tmp_path):
@@ -252,6 +273,16 @@ def test_healthy_networks(tmp_path, precision, kind):
     assert diagnose_networks(reference, found, rows) == []
     spent = {stage: network.calls - before[stage] for stage, network in found.items()}
     assert max(spent.values()) <= (0 if precision == "exact" else 26 if kind == "ControlNet" else 12), spent
+
+
+def test_a_network_that_refuses_what_it_is_tried_with(tmp_path):
+    """Inputs that no run gives may overflow: it is not explained, and nothing fails."""
+    def picky(inputs):
+        if inputs["timestep"][0] not in (999, 799, 599, 399, 199) or not (inputs["latent"] % 1).any():
+            raise NotFinite("The U-Net in x returned NaN.")
+        return inputs
+    assert of_networks(tmp_path, "unet", Network(toy_networks.unet, picky, lambda out: {
+        "prediction": out["prediction"] * np.float32(1.1)})) == []
 
 
 def test_a_network_that_is_wrong_in_another_way_is_not_explained(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engines.alignment import recording as files
+from engines.alignment.compare import pairs
 from engines.alignment.recording import Recorder, Recording, RecordingError, recording_path
 from tests.helpers import toy_networks
 
@@ -131,6 +132,74 @@ def test_files_that_are_none(tmp_path, members):
     with pytest.raises(RecordingError) as said:
         Recording.open(npz(tmp_path / "a.npz", members))
     assert str(said.value).startswith("a.npz is") and str(said.value).endswith(".")
+
+
+GOOD = {"stage": "unet", "facts": {}, "inputs": {"latent": "x", "timestep": "t"}, "outputs": {"prediction": "x"}}
+ARRAYS = {"x": np.ones((2, 4, 8, 8), np.float32), "t": np.full(2, 999, np.float32)}
+
+
+@pytest.mark.parametrize("entry", [
+    {"stage": "controlnet"}, {"inputs": {"timestep": "t"}}, {"outputs": {}}, {"facts": {"step": "<x>"}},
+    {"facts": {"steps": [1]}}, {"facts": {"sigma": None}}, {"facts": {"cond_or_uncond": 3}}, {"facts": {"control": [1]}},
+    {"facts": {"cond_or_uncond": ["x"]}}, {"facts": {"step": float("inf")}}, {"facts": {"control": {"output": "many"}}},
+], ids=str)
+def test_entries_that_are_none(tmp_path, entry):
+    Recording.open(npz(tmp_path / "good.npz", {"about": ABOUT, "0": GOOD, **ARRAYS}))
+    with pytest.raises(RecordingError, match="damaged one"):
+        Recording.open(npz(tmp_path / "a.npz", {"about": ABOUT, "0": GOOD | entry, **ARRAYS}))
+
+
+def test_what_a_stranger_may_say_is_cut(tmp_path):
+    facts = {"control": {"output": 10 ** 12}, "cond_or_uncond": [1] * 5000, "part": "x" * 1000, "other": [1]}
+    about = {"version": 1, "name": "n" * 1000, "networks": {"unet": "w" * 1000, "x" * 1000: "y"}}
+    found = Recording.open(npz(tmp_path / "a.npz", {"about": about, "0": GOOD | {"facts": facts}, **ARRAYS}))
+    said = found.calls[0].facts
+    assert said["control"]["output"] == len(said["cond_or_uncond"]) == 1000 and len(said["part"]) == 40
+    assert said.keys() == {"control", "cond_or_uncond", "part"} and len(found.name) == 100
+    assert list(found.networks) == ["unet"] and len(found.networks["unet"]) == 200
+
+
+@pytest.mark.parametrize("array", [np.ones(4, np.float32), np.zeros((2, 0, 8, 8), np.float32), np.ones((1, 1, 1), np.uint8)],
+                         ids=["rank", "empty", "bytes"])
+def test_shapes_that_are_none(tmp_path, array):
+    found = Recording.open(npz(tmp_path / "a.npz", {"about": ABOUT, "0": GOOD, **ARRAYS, "x": array}))
+    with pytest.raises(RecordingError, match="damaged"):
+        found.calls[0].inputs["latent"]
+
+
+def test_a_directory_that_lies(tmp_path):
+    """Of a member's size, place and name, at every byte of the zip's own headers."""
+    good = npz(tmp_path / "a.npz", {"about": ABOUT, "0": GOOD, **ARRAYS}).read_bytes()
+    directory = good.index(b"PK\x01\x02")
+    for place in range(directory, len(good)):
+        for value in (0, 0x7F, 0xFF):
+            (tmp_path / "b.npz").write_bytes(good[:place] + bytes([value]) + good[place + 1:])
+            try:
+                for call in Recording.open(tmp_path / "b.npz").calls:
+                    for side in (call.inputs, call.outputs):
+                        assert sum(array.nbytes for array in side.values()) < len(good)
+            except RecordingError:
+                pass
+
+
+def test_a_file_that_was_replaced_meanwhile(tmp_path):
+    found = toy_networks.run(tmp_path / "a.npz", steps=3)
+    toy_networks.run(tmp_path / "a.npz", steps=5, seed=1)
+    with pytest.raises(RecordingError, match="damaged"):
+        [call.outputs["prediction"] for call in found.of("unet")]
+
+
+def test_a_run_that_ended_early_is_told(tmp_path):
+    def fail(stage, inputs):
+        if stage == "unet" and inputs["timestep"][0] < 500:
+            raise RuntimeError
+        return inputs
+    with pytest.raises(RuntimeError):
+        toy_networks.run(tmp_path / "a.npz", fail)
+    early, whole = Recording.open(tmp_path / "a.npz"), toy_networks.run(tmp_path / "b.npz")
+    assert early.stopped_at == "step 3 of 5" and whole.stopped_at == ""
+    with pytest.raises(RecordingError, match="'a' ends at step 3 of 5, so if its run was interrupted record it again"):
+        pairs(whole, early)
 
 
 HUGE = io.BytesIO()
