@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .network import ITEM_BYTES, ModelFile, ModelFileError, Network, Port
+from .network import ITEM_BYTES, Memory, ModelFile, ModelFileError, Network, Port
 
 MAGIC = 0xFF55AAEE
 HEADER_BYTES = 64
@@ -99,11 +99,13 @@ def _read(path: Path) -> ModelFile:
         networks.append(network)
         for stage in stages:
             weights.update(_weights(stage, binary_room))
-            scratch = max(scratch, sum(stage.numbers(14, "Q", most=4096)) or stage.number(3, "Q"))
-        io_bytes += max(sum(map(_tensor_bytes, (*stage.tables(0), *stage.tables(1)))) for stage in stages)
+        scratch = max(scratch, *(memory.scratch for memory in network.memory))
+        io_bytes += max(memory.io for memory in network.memory)
+    kernel = model.table(6)
     return ModelFile(
         path=path, format="bmodel", chip=model.text(3).upper(), networks=tuple(networks), file_bytes=file_bytes,
-        device_bytes=sum(weights.values()) + scratch + io_bytes, compiler=model.text(1), created=model.text(2))
+        device_bytes=sum(weights.values()) + scratch + io_bytes, compiler=model.text(1), created=model.text(2),
+        kernel_bytes=kernel.binary(1)[1] if kernel else 0)
 
 
 def _network(net: _Table) -> tuple[Network, list[_Table]]:
@@ -115,7 +117,19 @@ def _network(net: _Table) -> tuple[Network, list[_Table]]:
     if not stages:
         raise ModelFileError(f"network {name!r} has no compiled stage, or one in the form of an old compiler")
     inputs, outputs = (_ports(name, stages, field) for field in (0, 1))
-    return Network(name, inputs, outputs, dynamic=stages[0].number(5, "i") != 0), stages
+    memory = tuple(map(_memory, stages))
+    return Network(name, inputs, outputs, dynamic=stages[0].number(5, "i") != 0, memory=memory), stages
+
+
+def _memory(stage: _Table) -> Memory:
+    coeff = stage.table(4)
+    groups = list(stage.tables(8))
+    for part in () if groups else stage.tables(12):     # chips of several cores keep them by core
+        groups += [group for core in part.tables(14) for group in core.tables(0)]
+    return Memory(weights=coeff.binary(2)[1] if coeff else 0,
+                  scratch=sum(stage.numbers(14, "Q", most=4096)) or stage.number(3, "Q"),
+                  io=sum(map(_tensor_bytes, (*stage.tables(0), *stage.tables(1)))),
+                  commands=sum(group.binary(field)[1] for group in groups for field in (2, 3)) + stage.binary(11)[1])
 
 
 def _ports(net_name: str, stages: list[_Table], field: int) -> tuple[Port, ...]:

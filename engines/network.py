@@ -4,7 +4,7 @@ Readers (`bmodel`, `onnxfile`) fill these records from the file alone; nothing a
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Names are numpy's, plus "bfloat16", which numpy does not have: on the wire it is two bytes an element.
@@ -32,6 +32,19 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What one variant of a network takes on the device, in bytes, as the file states it.
+
+    scratch: what lies between its layers. Variants and networks share one such area, the largest.
+    """
+
+    weights: int
+    scratch: int
+    io: int                          # inputs and outputs
+    commands: int                    # the chip's instructions
+
+
+@dataclass(frozen=True)
 class Network:
     """One network of a file. Every port has the same number of shapes: one a compiled variant (a bmodel "stage")."""
 
@@ -39,6 +52,7 @@ class Network:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     dynamic: bool = False
+    memory: tuple[Memory, ...] = field(default=(), compare=False)        # of each variant; none where it is not stated
 
     @property
     def variants(self) -> int:
@@ -57,3 +71,4 @@ class ModelFile:
     device_bytes: int                # weights + the largest scratch area + I/O as the file states them; 0 if unknown
     compiler: str = ""               # compiler version, if stated
     created: str = ""                # time stamp, if stated
+    kernel_bytes: int = 0            # of the chip's kernels, which each BM1684X file brings along

@@ -12,14 +12,45 @@ def describe(model_file: ModelFile) -> str:
     facts = {
         "chip": model_file.chip or "any (ONNX)",
         "file": _megabytes(model_file.file_bytes),
-        "device memory": f"about {_megabytes(model_file.device_bytes)} (weights, scratch area, inputs and outputs)"
-                         if model_file.device_bytes else "not stated",
+        "device memory": _device_memory(model_file),
         "compiler": model_file.compiler or "not stated",
         "created": model_file.created or "not stated",
     }
     blocks = [[model_file.path.name, *(f"  {name:<13}  {value}" for name, value in facts.items())]]
     blocks += [_network(network) for network in model_file.networks]
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
+
+
+def brief(model_file: ModelFile) -> str:
+    """A line for a node, whose letters are not of one width: what is in the file, for which chip, how much memory."""
+    networks = [", ".join([_role(network), *(size.partition(" (")[0] for size in _sizes(network))])
+                for network in model_file.networks]
+    memory = f", {_megabytes(model_file.device_bytes)} on the device" if model_file.device_bytes else ""
+    return f"{model_file.path.name}: {'; '.join(networks)}; {model_file.chip or 'ONNX'}{memory}"
+
+
+def _role(network: Network) -> str:
+    try:
+        return ROLES[identify(network).role]
+    except ModelFileError:
+        return "role not recognised"
+
+
+def _sizes(network: Network) -> Iterator[str]:
+    try:
+        yield from _picture_sizes(identify(network), network)
+    except ModelFileError:
+        pass
+
+
+def _device_memory(model_file: ModelFile) -> str:
+    if not model_file.device_bytes:
+        return "not stated"
+    commands = sum(memory.commands for network in model_file.networks for memory in network.memory)
+    more = [f"{what} {_megabytes(size)}" for what, size in (("instructions", commands), ("kernels", model_file.kernel_bytes))
+            if size]
+    return (f"about {_megabytes(model_file.device_bytes)} (weights, scratch area, inputs and outputs)"
+            + f", and {', '.join(more)}" * bool(more))
 
 
 def _network(network: Network) -> list[str]:
@@ -38,7 +69,7 @@ def _network(network: Network) -> list[str]:
     return [f"{network.name or 'network'}: {title}",
             *_table([*_rows("input", network.inputs, binding.inputs),
                      *_rows("output", network.outputs, binding.outputs)]),
-            *(f"  - {remark}" for remark in remarks)]
+            *(f"  - {remark}" for remark in (*remarks, *_memory(network)))]
 
 
 def _rows(side: str, ports: tuple[Port, ...], arguments: dict[str, int]) -> Iterator[tuple[str, ...]]:
@@ -66,6 +97,19 @@ def _picture_sizes(binding: Binding, network: Network) -> Iterator[str]:
         else:
             height, width = (side * pixels for side in shape)
             yield f"picture {width}x{height} (latent {width // VAE_SCALE}x{height // VAE_SCALE})"
+
+
+def _memory(network: Network) -> Iterator[str]:
+    """One line a variant; and whether the runtime can run all of them (docs/compile.md, known faults)."""
+    for variant, memory in enumerate(network.memory, 1):
+        which = f" of variant {variant}" if network.variants > 1 else ""
+        sizes = {"weights": memory.weights, "scratch area": memory.scratch, "inputs and outputs": memory.io,
+                 "instructions": memory.commands}
+        yield f"memory{which}: " + ", ".join(f"{what} {_megabytes(size)}" for what, size in sizes.items() if size)
+    scratch = [memory.scratch for memory in network.memory]
+    if any(later > max(scratch[:i]) for i, later in enumerate(scratch) if i):
+        yield ("the scratch area grows from one variant to a later one, and the runtime of TPU-MLIR 1.30 then computes the "
+               "earlier ones wrongly: combine them again, the largest first")
 
 
 def _remarks(binding: Binding, network: Network) -> Iterator[str]:
@@ -102,4 +146,4 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.1f} MB" if size >= 50_000 else f"{size / 1e3:,.1f} KB"

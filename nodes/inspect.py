@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..compiler.summary import folder_text
 from ..engines.files import read_model
-from ..engines.report import describe
+from ..engines.report import brief, describe
 from . import library
 from .adapters.host import tell
 from .base import CATEGORY, PackNode
@@ -34,6 +34,7 @@ class SophgoInspect(PackNode):
     def execute(cls, file_name) -> io.NodeOutput:
         files = library.files(file_name)
         summaries = filter(None, map(folder_text, dict.fromkeys(file.parent for file in files)))
-        text = "\n\n".join([*summaries, *(describe(read_model(file)) for file in files)])
-        tell(text, cls.hidden.unique_id)
+        models = list(map(read_model, files))
+        text = "\n\n".join([*summaries, *map(describe, models)])
+        tell("\n".join(map(brief, models)), cls.hidden.unique_id)
         return io.NodeOutput(text, ui={"text": (text,)})

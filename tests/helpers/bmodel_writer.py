@@ -20,10 +20,13 @@ def write_bmodel(path: Path, networks: Sequence[Network], **how) -> Path:
     return path
 
 
-def bmodel_bytes(networks: Sequence[Network], chip: str = "BM1684X", weights: int = 1000, scratch: int = 5000,
-                 version: str = "2.2+v1.30", created: str = "Sat Nov 22 04:00:00 2025\n",
-                 shared_weights: bool = False) -> bytes:
-    """Each stage has `weights` bytes of its own (or one block for all, told by its check code) and `scratch` bytes."""
+def bmodel_bytes(networks: Sequence[Network], chip: str = "BM1684X", weights: int = 1000,
+                 scratch: int | Sequence[int] = 5000, version: str = "2.2+v1.30",
+                 created: str = "Sat Nov 22 04:00:00 2025\n", shared_weights: bool = False, commands: int = 0,
+                 kernel: int = 0) -> bytes:
+    """Each stage has `weights` bytes of its own (or one block for all, told by its check code) and `scratch` bytes (those
+    of its variant, if they are several); `commands` are for each engine, `kernel` for the file. Neither of these is there.
+    """
     writer = Writer()
     binary = b""
     nets = []
@@ -33,9 +36,10 @@ def bmodel_bytes(networks: Sequence[Network], chip: str = "BM1684X", weights: in
             if not shared_weights or not binary:
                 binary += bytes([len(stages) + 1]) * weights
             code = bytes(32) if shared_weights else bytes([len(nets), len(stages)]) * 16
-            stages.append(writer.stage(network, variant, (len(binary) - weights, weights), code, scratch))
+            stages.append(writer.stage(network, variant, (len(binary) - weights, weights), code,
+                                       scratch if isinstance(scratch, int) else scratch[variant], commands))
         nets.append(writer.table({0: writer.text(network.name), 3: writer.references(stages)}))
-    return writer.file(nets, binary, chip, version, created, scratch)
+    return writer.file(nets, binary, chip, version, created, scratch if isinstance(scratch, int) else max(scratch), kernel)
 
 
 class Writer:
@@ -45,11 +49,13 @@ class Writer:
         self.builder = flatbuffers.Builder(1024)
 
     def file(self, nets: list[int], binary: bytes = b"", chip: str = "BM1684X", version: str = "2.2", created: str = "",
-             scratch: int = 0) -> bytes:
+             scratch: int = 0, kernel: int = 0) -> bytes:
         """The whole file: header, the description that ends with these nets, binary part."""
-        self.builder.Finish(self.table({
-            0: self.text("B"), 1: self.text(version), 2: self.text(created), 3: self.text(chip),
-            4: self.references(nets), 5: ("Uint64", scratch)}))
+        fields = {0: self.text("B"), 1: self.text(version), 2: self.text(created), 3: self.text(chip),
+                  4: self.references(nets), 5: ("Uint64", scratch)}
+        if kernel:
+            fields[6] = self.table({0: self.text("kernel.so"), 1: ("Binary", 0, kernel)})
+        self.builder.Finish(self.table(fields))
         description = bytes(self.builder.Output())
         header = struct.pack("<IIIQ", MAGIC, HEADER_BYTES, len(description), len(binary))
         return header.ljust(HEADER_BYTES, b"\0") + description + binary
@@ -85,13 +91,15 @@ class Writer:
                     getattr(builder, f"Prepend{kind}Slot")(field, number, 0)
         return builder.EndObject()
 
-    def stage(self, network: Network, variant: int, weights: tuple[int, int], code: bytes, scratch: int) -> int:
+    def stage(self, network: Network, variant: int, weights: tuple[int, int], code: bytes, scratch: int,
+              commands: int = 0) -> int:
         inputs, outputs = (self.references([self.tensor(port, variant) for port in ports])
                            for ports in (network.inputs, network.outputs))
         coeff = self.table({1: self.builder.CreateByteVector(code), 2: ("Binary", *weights)})
         subnets = self.references([self.table({0: ("Int32", 0)})])
+        group = self.table({2: ("Binary", 0, commands), 3: ("Binary", commands, commands)})
         return self.table({0: inputs, 1: outputs, 3: ("Uint64", scratch), 4: coeff, 12: subnets,
-                           5: ("Int32", int(network.dynamic))})
+                           5: ("Int32", int(network.dynamic)), 8: self.references([group])})
 
     def tensor(self, port: Port, variant: int) -> int:
         shape = self.table({0: self.longs(port.shapes[variant])})

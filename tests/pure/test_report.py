@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from engines.bmodel import read_bmodel
 from engines.network import ModelFile
-from engines.report import describe
+from engines.report import brief, describe
 from tests.helpers.bmodel_writer import WILD, network, unet_demo, vae_encoder, write_bmodel
 
 
@@ -12,13 +12,14 @@ def report(tmp_path, *networks, **how) -> str:
 
 
 def test_the_whole_text(tmp_path):
-    text = report(tmp_path, WILD["article"], WILD["pooled and text"], weights=2_000_000, scratch=30_000_000)
+    text = report(tmp_path, WILD["article"], WILD["pooled and text"], weights=2_000_000, scratch=30_000_000, commands=60_000,
+                  kernel=5_600_000)
     assert text == f"""\
 sd15.bmodel
   chip           BM1684X
   file           4.0 MB
   device memory  about {(2 * 2_000_000 + 30_000_000 + 2 * 131072 + 8 + 473088 + 308 + 315392 + 4096) / 1e6:.1f} MB \
-(weights, scratch area, inputs and outputs)
+(weights, scratch area, inputs and outputs), and instructions 0.2 MB, kernels 5.6 MB
   compiler       2.2+v1.30
   created        Sat Nov 22 04:00:00 2025
 
@@ -30,12 +31,14 @@ unet_a: U-Net, SD 1.x
   - picture 512x512 (latent 64x64)
   - batch 2: condition and uncondition in one call
   - int32 timestep: whole timesteps only
+  - memory: weights 2.0 MB, scratch area 30.0 MB, inputs and outputs 0.7 MB, instructions 0.1 MB
 
 text_encoder: text encoder
   input   ids     input_ids.1  int32    1x77
   output  pooled  pooled       float32  1x1024
   output  hidden  hidden       float32  1x77x1024
-  - also gives the pooled text"""
+  - also gives the pooled text
+  - memory: weights 2.0 MB, scratch area 30.0 MB, inputs and outputs 0.3 MB, instructions 0.1 MB"""
 
 
 def test_every_variant_is_listed_width_first(tmp_path):
@@ -44,6 +47,23 @@ def test_every_variant_is_listed_width_first(tmp_path):
     assert "2x4x64x64 or 2x4x96x64 or 2x4x64x96" in text
     assert "picture 512x768 (latent 64x96)" in text and "picture 768x512 (latent 96x64)" in text
     assert "ControlNet-capable: takes 13 residuals" in text
+
+
+def test_variants_that_the_runtime_computes_wrongly_are_told(tmp_path):
+    """In the runtime of TPU-MLIR 1.30.2 a variant that needs more scratch takes that of those before it away."""
+    grows = "combine them again, the largest first"
+    text = report(tmp_path, WILD["many sizes"], scratch=(10**6, 3 * 10**6, 10**6))
+    assert grows in text and "memory of variant 2: weights 1.0 KB, scratch area 3.0 MB" in text
+    for scratch in ((3 * 10**6, 10**6, 2 * 10**6), 10**6):
+        assert grows not in report(tmp_path, WILD["many sizes"], scratch=scratch)
+
+
+def test_a_node_shows_a_line_for_each_file(tmp_path):
+    path = write_bmodel(tmp_path / "sd15.bmodel", [WILD["text"], WILD["many sizes"]], weights=10**9)
+    assert brief(read_bmodel(path)).startswith("sd15.bmodel: text encoder; U-Net, picture 512x512, picture 512x768, picture "
+                                               "768x512; BM1684X, 4,0")
+    stranger = ModelFile(tmp_path / "a.onnx", "onnx", None, (network("resnet", {"x": (1,)}, {"y": (1,)}),), 3, 0)
+    assert brief(stranger) == "a.onnx: role not recognised; ONNX"
 
 
 def test_remarks(tmp_path):
