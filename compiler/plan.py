@@ -89,10 +89,12 @@ def costs(request: Request, checkpoint: Checkpoint) -> Iterator[Cost]:
 def estimate(graph: Graph, recipe: Recipe, chip: str, budget: float) -> Cost:
     weights = 4.0 * graph.parameters
     kept = weights * (1.0 if recipe.precision == "F32" else 0.5)
-    simulate = SIMULATE[chip][recipe.precision] * graph.macs / 1e9 + SIMULATOR_START
+    sizes = [size(value.shape) for value in graph.infos.values()]
+    product, number = SIMULATE[chip][recipe.precision]
+    simulate = SIMULATOR_START + product * graph.macs + number * sum(sizes)
     verified = simulate <= budget
     # while the code is made the compiler has what it keeps three times; the reference has weights, and a few activations
-    reference = weights + 3 * max(4.0 * size(value.shape) for value in graph.infos.values())
+    reference = weights + 3 * 4.0 * max(sizes)
     return Cost(
         name=graph.name,
         build=0.1 + 3e-9 * weights,
@@ -107,8 +109,12 @@ def estimate(graph: Graph, recipe: Recipe, chip: str, budget: float) -> Cost:
     )
 
 
-# Measured, as are the numbers above: docs/compile.md.
-SIMULATE = {"bm1684x": {"F32": 50.0, "F16": 80.0, "BF16": 70.0}, "bm1684": {"F32": 200.0}}  # seconds for 1e9 multiplications
+# Measured, as are the numbers above: docs/compile.md. Seconds for each multiplication, and for each number between layers,
+# which tells in networks as small as the demo's.
+SIMULATE = {
+    "bm1684x": {"F32": (30e-9, 0.35e-6), "F16": (33e-9, 0.8e-6), "BF16": (44e-9, 0.3e-6)},
+    "bm1684": {"F32": (12e-9, 2.8e-6)},
+}
 SIMULATOR_START = 1.0
 
 

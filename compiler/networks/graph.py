@@ -235,16 +235,21 @@ class Graph:
         return self.op("Softmax", [x], x.shape, axis=-1)
 
     def attention(self, q: Value, k: Value, v: Value, heads: int, mask: Value | None = None) -> Value:
-        """q (B,N,C), k and v (B,M,C) -> (B,N,C) by matrix products."""
+        """q (B,N,C), k and v (B,M,C) -> (B,N,C) by matrix products.
+
+        In 16 bits the compiler would make one operator of a product that is scaled and then masked. It builds that one's
+        kernel with the system's cmake and gcc, which may not be there, and in bfloat16 it gave NaN.
+        """
         (batch, length, width), others = q.shape, k.shape[1]
         self._fits("heads", 0, width % heads)
         depth = width // heads
         q = self.transpose(self.reshape(q, (batch, length, heads, depth)), (0, 2, 1, 3))
         k = self.transpose(self.reshape(k, (batch, others, heads, depth)), (0, 2, 3, 1))
         v = self.transpose(self.reshape(v, (batch, others, heads, depth)), (0, 2, 1, 3))
-        scores = self.scale(self.matmul(q, k), depth**-0.5)
-        if mask is not None:
-            scores = self.add(scores, mask)
+        if mask is None:
+            scores = self.scale(self.matmul(q, k), depth**-0.5)
+        else:
+            scores = self.add(self.matmul(self.scale(q, depth**-0.5), k), mask)
         mixed = self.matmul(self.softmax(scores), v)
         return self.reshape(self.transpose(mixed, (0, 2, 1, 3)), (batch, length, width))
 

@@ -340,6 +340,21 @@ def test_another_model_is_refused_by_the_job(toolchain, tmp_path):
     assert not list((tmp_path / "models").iterdir())
 
 
+def test_a_compile_needs_no_compiler_of_the_system(toolchain, request_of, tmp_path, monkeypatch):
+    """Fused attention would: its kernel is built by cmake and gcc, and kept in ~/.ppl."""
+    folder, home = tmp_path / "bin", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    for name in ("sh", "mv", "rm"):
+        (folder / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("HOME", str(home))
+    report = compile_checkpoint(request_of(kinds=("text_encoder",), budget=0), toolchain=toolchain)
+    (file,) = report["files"]
+    assert file["recipe"] == "F16" and len(file["attempts"]) == 1
+    assert not list(home.iterdir())
+
+
 def started_by_this() -> list[int]:
     """The jobs, by their process ids."""
     listed = subprocess.run(["ps", "-o", "pid,args", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
