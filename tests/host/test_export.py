@@ -7,8 +7,9 @@ import textwrap
 
 import pytest
 
+from tests.conftest import need
 from tests.host.graphs import plain_sentence
-from tools.install import PACK, PYTHON
+from tools.install import DEMO_CHECKPOINT, PACK, PYTHON
 
 # In a process of its own: ComfyUI's modules have names such as `nodes` and `utils`.
 SCRIPT = """
@@ -71,6 +72,54 @@ for name, case in cases.items():
 said["multiple"] = export.size_multiple(sd())
 print(json.dumps(said))
 """
+BAKING = """
+import json, sys, tempfile
+from pathlib import Path
+from tools.inprocess import load_pack
+export, reference = load_pack("nodes.adapters.export"), load_pack("nodes.adapters.reference")
+import comfy.model_management, numpy as np, torch
+from compiler.checkpoint import Checkpoint
+from engines.files import content_hash
+torch.set_grad_enabled(False)
+
+def patched(patcher, part):
+    patcher, random = patcher.clone(), torch.Generator().manual_seed(0)
+    weights = patcher.model.state_dict()
+    keys = [name for name in weights if part in name and weights[name].ndim == 2][:20]
+    for strength, several, model_strength in ((0.7, keys, 1.0), (-0.3, keys[:5], 0.9)):
+        patcher.add_patches({key: ("diff", (0.05 * torch.randn(weights[key].shape, generator=random),)) for key in several},
+                            strength, model_strength)
+    return patcher
+
+def written(parts):
+    with tempfile.TemporaryDirectory() as folder, export.saved(parts, Path(folder), lambda: None) as path:
+        checkpoint = Checkpoint(path)
+        assert content_hash(path) == export.digest(parts, lambda: None)
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}, list(checkpoint.tensors.values())
+
+said = {}
+for name in ("float32", "float16", "bfloat16", "float8_e4m3fn"):
+    model, clip, vae = reference.load_reference(Path(sys.argv[1]), [])
+    model.model.to(getattr(torch, name))
+    model, clip.patcher = patched(model, "diffusion_model."), patched(clip.patcher, "text_model.")
+    before = {key: weight.clone() for key, weight in model.model.state_dict().items()}
+    parts = export.parts_of(model, clip, vae)
+    got, tensors = written(parts)
+    untouched = all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
+    comfy.model_management.load_models_gpu([model, clip.patcher], force_patch_weights=True)
+    wanted = {"model." + key: weight for key, weight in model.model.state_dict().items() if "diffusion_model." in key}
+    wanted |= {"cond_stage_model.transformer." + key.removeprefix("clip_l.transformer."): weight
+               for key, weight in clip.cond_stage_model.state_dict().items()}
+    wanted = {key: weight.float().numpy() for key, weight in wanted.items() if key in got}
+    worst = max(float(np.abs(got[key] - weight).max() / np.abs(weight).max()) for key, weight in wanted.items())
+    changed = max(float(np.abs(got["model." + key] - weight.float().numpy()).max()) for key, weight in before.items()
+                  if "model." + key in wanted)
+    again, _ = written(parts)
+    said[name] = {"worst": worst, "changed": changed, "untouched": untouched, "compared": len(wanted), "all": len(got),
+                  "dtypes": sorted({tensor.dtype for tensor in tensors}),
+                  "again": all(np.array_equal(again[key], got[key]) for key in got)}
+print(json.dumps(said))
+"""
 REFUSED = {
     "flux": ("SimpleNamespace", "SD 1.x"), "sdxl": ("SDXL", "SD 1.x"), "sd2": ("SD 2.x", "768 wide"),
     "video": ("a video model", "SD 1.x"), "pix2pix": ("8 latent channels", "9"), "freeu": ("output_block_patch", "FreeU"),
@@ -79,11 +128,17 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def said() -> dict:
-    done = subprocess.run([PYTHON, "-c", textwrap.dedent(SCRIPT)], cwd=PACK, capture_output=True, text=True)
+def answer(script: str, *arguments) -> dict:
+    """What the script prints last."""
+    done = subprocess.run([PYTHON, "-c", textwrap.dedent(script), *map(str, arguments)], cwd=PACK, capture_output=True,
+                          text=True)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def said() -> dict:
+    return answer(SCRIPT)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -95,3 +150,18 @@ def test_what_cannot_be_compiled_is_named(said, case):
 def test_sd1_is_taken_with_what_shapes_do_not_show(said):
     assert said["supported"] == [["unet", {"heads": 8, "groups": 32}]] == said["inpainting"]
     assert said["multiple"] == 16
+
+
+def test_patches_are_baked_as_comfyui_applies_them(tmp_path):
+    """In float32 bit for bit; of shorter floats only the stored weights' rounding differs, which ComfyUI's patched ones have
+    and ours do not. The model itself stays as it is, and it makes no difference whether it is loaded."""
+    need(DEMO_CHECKPOINT.exists(), "the demo's checkpoint is not written: run 'python tools/install.py host'")
+    said = answer(BAKING, DEMO_CHECKPOINT)
+    tolerances = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7, "float8_e4m3fn": 2**-3}
+    for name, tolerance in tolerances.items():
+        found = said[name]
+        assert found["worst"] <= tolerance and found["changed"] > 0.05, (name, found)
+        assert found["untouched"] and found["again"]
+        assert found["compared"] > 200 and found["all"] > 400
+    assert said["float32"]["dtypes"] == said["float8_e4m3fn"]["dtypes"] == ["F32"]
+    assert said["float16"]["dtypes"] == ["F16", "F32"] and said["bfloat16"]["dtypes"] == ["BF16", "F32"]
