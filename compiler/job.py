@@ -216,7 +216,10 @@ def estimates(request: Request) -> dict:
     checkpoint = Checkpoint(Path(request.checkpoint))
     plan.check(request, checkpoint)
     costs = list(plan.costs(request, checkpoint))
-    return {"costs": [asdict(cost) for cost in costs], "disk": plan.disk(costs), "memory": plan.free_memory()}
+    # from the graph a dry run gets a file that has its size and no numbers yet
+    place = checkpoint.path.stat()
+    saved = place.st_size if 512 * place.st_blocks < place.st_size / 2 else 0
+    return {"costs": [asdict(cost) for cost in costs], "disk": plan.disk(costs) + saved, "memory": plan.free_memory()}
 
 
 def sentence(error: Exception, request: Request) -> str:

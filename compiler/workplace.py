@@ -33,7 +33,7 @@ def hold(work: Path) -> int:
     """Locks a folder as one that is worked in; the handle, which keeps it locked until it is closed or the process ends."""
     # locked before it is there by its name
     unlocked = work / "new"
-    handle = os.open(unlocked, os.O_CREAT | os.O_RDWR)
+    handle = os.open(unlocked, os.O_CREAT | os.O_RDWR, 0o644)
     with contextlib.suppress(OSError):  # a network's file system may have no locks: then nothing is taken for abandoned
         fcntl.flock(handle, fcntl.LOCK_EX)
     unlocked.rename(work / LOCK)

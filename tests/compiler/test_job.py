@@ -98,6 +98,7 @@ def test_what_the_real_sd15_takes(tmp_path):
     long, short = (next(plan.costs(Request(str(checkpoint.path), "sd15", str(tmp_path), kinds=("unet",), budget=budget),
                                    checkpoint)) for budget in (1e6, 0))
     assert long.memory > short.memory
+    assert job.estimates(asked)["disk"] == plan.disk(list(costs.values())) + checkpoint.path.stat().st_size, "to be written"
     text = estimate_text({"costs": [vars(cost) for cost in costs.values()], "disk": 14e9, "memory": 24e9})
     assert "unet_512x512" in text and "not done: over the budget" in text
 
