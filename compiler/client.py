@@ -77,9 +77,11 @@ def _process(toolchain: Toolchain, words):
             process.stdin.close()  # it then ends by itself, and removes what it wrote
         patience = time.monotonic() + EXIT_SECONDS
         # asked without collecting it, so that its number, the group's, is no one else's yet
-        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) and time.monotonic() < patience:
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ChildProcessError, ProcessLookupError, PermissionError):
+            while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if time.monotonic() > patience:
+                    break
+                time.sleep(0.02)
             os.killpg(process.pid, signal.SIGKILL)  # it, if it did not end, and what it left if it died
         process.wait()
         process.stdout.close()
