@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
@@ -86,6 +87,9 @@ class SophgoCompile(PackNode):
                 found = cls._compile(request, parts, toolchain, model)
         except CompilerError as error:
             raise EngineError(str(error)) from error
+        except comfy.model_management.InterruptProcessingException:
+            tell("Cancelled; nothing is left of it.", cls.hidden.unique_id)
+            raise
         whole, brief = (estimate_text, estimate_brief) if dry_run else (report_text, report_brief)
         tell(brief(found), cls.hidden.unique_id)
         return io.NodeOutput(whole(found), ui={"text": (whole(found),)})

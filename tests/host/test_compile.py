@@ -2,18 +2,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from websocket import WebSocketException
 
 from compiler import CompilerError, Toolchain
+from compiler.workplace import LOCK, PREFIX, remove_abandoned, workplace
+from engines.files import content_hash, find_models, list_models
 from tests.conftest import need
 from tests.host.graphs import Graph, latents, pictures, plain_sentence
-from tools.comfyui import ServerError
-from tools.install import CHIPS, DEMO_CHECKPOINT, SIMULATOR
+from tools.comfyui import Server, ServerError
+from tools.install import CHIPS, DEMO_CHECKPOINT, DEMO_ONNX, SIMULATOR
 
 NAME = "from the graph"
 SETTINGS = {"chip": "BM1684X", "model_precision": "F32", "clip_precision": "F32", "vae_precision": "F32", "sizes": "64x64",
@@ -95,7 +101,9 @@ def test_a_stock_model_with_a_lora_becomes_bmodels_that_draw_the_same(server, ba
 
     with subtests.test("model.json tells where it comes from and what was measured"):
         told = json.loads((folder / "model.json").read_text())
-        assert [file["file"] for file in told["source"]["files"]] == [LORA]      # the demo's checkpoint is the pack's own
+        hashes = {file["file"]: file["sha256"] for file in told["source"]["files"]}
+        assert hashes == {DEMO_CHECKPOINT.name: content_hash(DEMO_CHECKPOINT),
+                          LORA: content_hash(base / "models" / "loras" / LORA)}
         loader, patcher = told["source"]["nodes"]
         assert loader == {"node": "SophgoLoadReference", "settings": {"ckpt_name": "shapes.safetensors"}}
         assert patcher["node"] == "LoraLoader" and patcher["settings"]["strength_model"] == 0.8
@@ -131,6 +139,13 @@ def test_a_stock_model_with_a_lora_becomes_bmodels_that_draw_the_same(server, ba
         for words in ("compiled by tpu_mlir", "prediction cosine 1.00000", "LoraLoader", "device memory", "picture 64x64"):
             assert words in text
 
+    with subtests.test("the same again changes nothing"):
+        before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        graph = Graph()
+        node = compiling(graph, *reference(graph, lora), name=NAME)
+        assert server.run(graph)[node.id]["text"][0] == said
+        assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
     with subtests.test("the name is taken now"):
         graph = Graph()
         said = failure(server, compiling(graph, *reference(graph), name=NAME))
@@ -144,11 +159,17 @@ def failure(server, node) -> str:
     return str(refused.value)
 
 
+def test_a_folder_of_the_packs_own_is_not_hidden(server):
+    graph = Graph()
+    said = failure(server, compiling(graph, *reference(graph), name=DEMO_ONNX.name))
+    plain_sentence(said, f"There is a '{DEMO_ONNX.name}' already")
+
+
 def test_a_dry_run_only_says_what_it_would_take(server, base):
     graph = Graph()
     node = compiling(graph, *reference(graph), name="dry", sizes="64x64 128x64", dry_run=True)
     said = server.run(graph)[node.id]["text"][0]
-    for words in ("text_encoder", "unet_128x64", "in all about", "of memory"):
+    for words in ("text_encoder", "unet_128x64", "In all about", "of memory"):
         assert words in said
     assert not (base / "models" / "sophgo" / "dry").exists()
 
@@ -168,7 +189,65 @@ def test_a_cancelled_compile_leaves_nothing(server, base):
     assert not [path.name for path in models.iterdir() if path.name.startswith(".") or path.name == "cancelled"]
 
 
+def test_one_name_is_compiled_once_at_a_time_and_what_was_abandoned_is_removed(server, base):
+    models = base / "models" / "sophgo"
+    abandoned = models / f"{PREFIX}abandoned"
+    abandoned.mkdir(parents=True)
+    (abandoned / LOCK).touch()
+    busy = workplace(models, "busy")           # as a shell's compile would hold it
+    try:
+        graph = Graph()
+        said = failure(server, compiling(graph, *reference(graph), name="busy"))
+        plain_sentence(said, "'busy' is being compiled already")
+        assert busy.exists() and not abandoned.exists() and not list(models.glob(f"{PREFIX}weights-*"))
+    finally:
+        shutil.rmtree(busy)
+
+
+def test_a_server_that_is_killed_leaves_no_process_and_no_folder_for_long(tmp_path):
+    """Nothing of the server can clean up: what it had started ends by itself, and the next compile removes the rest."""
+    models = tmp_path / "models" / "sophgo"
+    graph = Graph()
+    node = compiling(graph, *reference(graph), name="killed")
+    running = Server(tmp_path)
+    with running:
+        def kill(kind, data):
+            if kind == "progress" and data.get("node") == node.id and data["value"] > 50:
+                running.process.kill()
+        with pytest.raises((WebSocketException, OSError)):
+            running.run(graph, kill)
+        running.process.wait()
+    deadline = time.monotonic() + 20
+    while (left := compilers(models)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+    assert all(path.name.startswith(PREFIX) for path in models.iterdir())
+    assert not list_models([models]) and not find_models(models)
+    remove_abandoned(models)
+    assert not list(models.iterdir())
+
+
+def compilers(folder: Path) -> list[psutil.Process]:
+    """Processes that work in a folder, or on files of it."""
+    return [process for process in psutil.process_iter(["cmdline", "cwd"])
+            if any(str(folder) in said for said in [process.info["cwd"] or "", *(process.info["cmdline"] or [])])]
+
+
+@pytest.mark.parametrize(("before", "words"), [
+    (lambda graph, model: graph.ModelSamplingDiscrete(model=model, sampling="v_prediction", zsnr=False),
+     "ModelSamplingDiscrete works on the sampling"),
+    (lambda graph, model: graph.RescaleCFG(model=model, multiplier=0.7), "RescaleCFG works on the sampling"),
+    (lambda graph, model: graph.EasyCache(model=model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95,
+                                          verbose=False), "(easycache) works on the sampling"),
+])
+def test_what_is_not_in_the_unet_is_told(server, before, words):
+    graph = Graph()
+    node = compiling(graph, before(graph, reference(graph)[0]), dry_run=True)
+    assert words in server.run(graph)[node.id]["text"][0]
+
+
 @pytest.mark.parametrize(("changes", "words"), [
+    ({"name": "CON"}, ["Windows keeps"]),
     ({"name": "../up"}, ["no name for a folder"]),
     ({"sizes": "64x72"}, ["64x72", "multiples of 16", "64x64"]),
     ({"sizes": "large"}, ["'large' is no picture size"]),
@@ -199,4 +278,5 @@ def test_what_is_no_weight_is_refused(server):
     graph = Graph()
     model, *_ = reference(graph)
     freeu = graph.FreeU(model=model, b1=1.1, b2=1.2, s1=0.9, s2=0.2)
-    plain_sentence(failure(server, compiling(graph, model=freeu)), "output_block_patch", "cannot be compiled in")
+    said = failure(server, compiling(graph, model=freeu))
+    plain_sentence(said, "FreeU changes", "output_block_patch", "cannot be compiled in")

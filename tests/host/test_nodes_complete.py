@@ -49,6 +49,11 @@ API = {
     "SophgoInspect": (
         {"file_name": "COMBO"},
         {"STRING": "STRING"}),
+    "SophgoCompile": (
+        {"name": "STRING", "chip": "COMBO", "model_precision": "COMBO", "clip_precision": "COMBO", "vae_precision": "COMBO",
+         "sizes": "STRING", "batch_size": "INT", "controlnet": "BOOLEAN", "context_length": "INT", "verify_minutes": "FLOAT",
+         "dry_run": "BOOLEAN", "model": "MODEL", "clip": "CLIP", "vae": "VAE"},
+        {"STRING": "STRING"}),
     "SophgoLoadReference": (
         {"ckpt_name": "COMBO"},
         {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
