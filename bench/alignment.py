@@ -3,8 +3,8 @@
     python -m bench.alignment [--work FOLDER] [--images FOLDER]
 
 A run of the checkpoint in torch, float32, is the reference. Then each variant: its networks over the reference's inputs
-(teacher-forced), and a run of its own (free-running). It takes about half an hour on two quiet cores; what is there
-from an earlier call is not made again, so that it can be stopped at any time. Needs what `make demo` installs, and
+(teacher-forced), and a run of its own (free-running). It took 80 minutes on two busy cores; what is there from an
+earlier call is not made again, so that it can be stopped at any time. Needs what `make demo` installs, and
 Python 3.10 for the compiler (`python -m compiler`).
 """
 from __future__ import annotations

@@ -145,7 +145,7 @@ class SophgoParity(PackNode):
         parity = align(_whole(reference, reference_images), networks, _whole(candidate, candidate_images),
                        names=said_of(model, clip, vae), pictures=pictures, causes=causes, progress=progress)
         text = report.text(parity)
-        tell(text, cls.hidden.unique_id)
+        tell("\n".join(report.summary(parity)), cls.hidden.unique_id)      # a node's own text has no columns for tables
         return io.NodeOutput(text, plot_of(parity), parity, ui={"text": (text,)})
 
 

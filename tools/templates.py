@@ -41,12 +41,13 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"}
 SHOWN = "preview"                            # not an input of PreviewAny, but sent along: the text it shows
 NOTE = "MarkdownNote"
 NOTE_SIZE = (900, 110)
-# Where the frontend's size has no room for a text or for what a node shows after a run.
+# By type or title: where the frontend's size has no room for a text or for what a node shows after a run.
 SIZES = {"CLIPTextEncode": (320, 110), "SophgoTextEncode": (320, 200), "SaveImage": (240, 270), "PreviewImage": (240, 240),
          "PreviewAny": (640, 640), "SophgoInspect": (320, 160), "SophgoCompile": (360, 490), "StringConcatenate": (260, 160),
          "SophgoLoadCheckpoint": (440, 276), "SophgoLoadCLIP": (340, 160), "SophgoLoadUNet": (340, 140),
          "SophgoLoadVAE": (340, 220), "AscendLoadSDXL": (400, 170), "AscendSDXLConditioner": (320, 370),
-         "SophgoParity": (300, 460), "SophgoParityGate": (320, 180), "AscendVAEDecode": (230, 46),
+         "SophgoLoadRecording": (440, 240), "SophgoParity": (340, 420), "SophgoParityGate": (320, 180),
+         "L1 and cosine": (320, 480), "AscendVAEDecode": (230, 46),
          "AscendVAEEncode": (230, 46)}
 COLUMNS = 6                                  # more than these continue below, as lines of a text do
 GAP_X, GAP_Y, TITLE = 60, 24, 30             # a node's title lies above its position
@@ -126,7 +127,7 @@ def arrange(graph: dict) -> None:
         return sum(nodes[id]["size"][1] + TITLE + GAP_Y for id in stack)
 
     for node in nodes.values():
-        node["size"] = list(SIZES.get(node["type"], node["size"]))
+        node["size"] = list(SIZES.get(node.get("title"), SIZES.get(node["type"], node["size"])))
     columns: list[list[int]] = [[] for _ in range(1 + max(map(depth, nodes)))]
     for id in sorted(nodes, key=lambda id: (depth(id) == 0, column(id), id)):
         last = column(id)                           # loaders and the like may be further left: they fill short columns
