@@ -16,6 +16,15 @@ PRECISIONS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
 SCALE = nets.LATENT_SCALE
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are too small for two, which on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def recording():
     return Recording.open(OUT)
