@@ -38,7 +38,8 @@ def summary(parity: Parity) -> Iterator[str]:
         yield (f"The U-Net's own relative error is {percent(mean)} a call: {_precision(mean)}." if mean else
                "The U-Net answers exactly as the reference does.")
     if len(free) > 1 and free[-1].relative:
-        grown = f", {free[-1].relative / mean:.1f} times its own error" if forced and mean else ""
+        own = forced[-1].relative if len(forced) == len(free) else 0.0
+        grown = f", {free[-1].relative / own:.1f} times its own error there" if own else ""
         yield (f"Over {len(free)} calls the two trajectories part: {percent(free[0].relative)} at the first call, "
                f"{percent(free[-1].relative)} at the last{grown}.")
     if parity.psnr is not None:
@@ -57,10 +58,10 @@ def _precision(relative: float) -> str:
 
 
 def percent(relative: float) -> str:
-    """0.0031 -> "0.31 %"; two digits, however small."""
+    """0.0031 -> "0.31 %", 0.000031 -> "0.0031 %"; two digits, however small."""
     if not relative:
         return "0 %"
-    return f"{relative:.2%}".replace("%", " %") if relative >= 1e-3 else f"{100 * relative:.1e} %"
+    return f"{relative:.2%}".replace("%", " %") if relative >= 1e-3 else f"{100 * relative:.2g} %"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

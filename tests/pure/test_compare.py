@@ -201,7 +201,7 @@ def test_text(whole):
     assert re.search(r"^stage +step +array +L1 +max +relative +cosine$", text, re.M)
     assert re.search(r"^U-Net +3/5 +prediction +\d\.\d\de-0\d +\S+ +3.00e-03 +1.0000000$", text, re.M)
     for said in ("torch", "compiled", "0.30 % a call: as 16-bit floats make it", "PSNR of 41.2 dB", "A remark.",
-                 "No classic cause", "at the first call"):
+                 "No classic cause", "at the first call", "times its own error there"):
         assert said in text
     assert all(line == line.rstrip() for line in text.splitlines())
 
@@ -215,6 +215,12 @@ def test_text_of_long_runs_is_cut():
 @pytest.mark.parametrize(("relative", "said"), [(1e-6, "single precision"), (5e-3, "16-bit floats"), (0.2, "more than")])
 def test_what_precision_explains(relative, said):
     assert said in report.text(parity(Row(FORCED, "unet", 0, "prediction", Difference(1, 1, relative, 1))))
+
+
+@pytest.mark.parametrize(("relative", "said"), [
+    (0, "0 %"), (3.1e-3, "0.31 %"), (3.14e-5, "0.0031 %"), (3.14e-9, "3.1e-07 %"), (1.4, "140.00 %")])
+def test_percent(relative, said):
+    assert report.percent(relative) == said
 
 
 def test_json_has_no_nan(whole):

@@ -72,6 +72,18 @@ def test_replay_that_fails(recording, models):
     assert "latent scale 0.18215 is not applied at all" in wrong.stdout
 
 
+def test_replay_of_what_is_not_kept_or_of_another_family(models, tmp_path):
+    def replayed(stage, inputs, outputs):
+        recorder = Recorder(tmp_path / "r.npz", "r")
+        recorder.add(stage, inputs, outputs)
+        return command("replay", tmp_path / "r.npz", models / "good")
+    embedded = replayed("text_encoder", {"ids": np.full((1, 77), -1)}, {"hidden": np.ones((1, 77, 64))})
+    latent = np.ones((2, 4, 8, 8), np.float32)
+    bare = replayed("unet", {"latent": latent, "timestep": np.full(2, 999)}, {"prediction": latent})
+    for done, words in ((embedded, "textual inversion"), (bare, "another family")):
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_compare(tmp_path):
     toy_networks.run(tmp_path / "a.npz")
     toy_networks.run(tmp_path / "b.npz", after=lambda stage, out: {k: v * np.float32(1.01) for k, v in out.items()})
