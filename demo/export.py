@@ -75,7 +75,7 @@ class UNet(nn.Module):
         super().__init__()
         self.unet = unet
         plain_attention(unet)
-        # the timestep's sines are looked up: computed in bfloat16 they would be noise, as it rounds 601 to 600
+        # the timestep's sines are looked up: bfloat16 rounds 601 to 600 before it computes them
         self.register_buffer("sines", unet.time_proj(torch.arange(1000)))
         unet.get_time_embed = lambda sample, timestep: functional.embedding(timestep, self.sines)
 

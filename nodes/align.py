@@ -16,7 +16,7 @@ from .adapters.recording import record_clip, record_model, record_vae, said_of
 from .adapters.replay import networks_of
 from .base import CATEGORY, PackNode
 
-RECORDING, PARITY = io.Custom("RECORDING"), io.Custom("PARITY")
+RECORDING, PARITY = io.Custom("SOPHGO_RECORDING"), io.Custom("SOPHGO_PARITY")
 
 
 class SophgoRecord(PackNode):

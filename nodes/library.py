@@ -72,6 +72,8 @@ def sdxl_model(name: str) -> Path:
         there = f"there are {', '.join(near)}" if near else "there is none yet"
         raise EngineError(f"There is no SDXL model {str(name)[:80]!r} in models/checkpoints or models/diffusers; {there}.")
     return models[name]
+
+
 def checkpoints() -> dict[str, Path]:
     """.safetensors files of models/checkpoints by name, and the pack's own tiny one where it was built.
 
@@ -145,6 +147,8 @@ def sdxl_files(name: str) -> list[Path]:
     """The file called `name`, or everything in the folder. Raises EngineError."""
     path = sdxl_model(name)
     return sorted(path.rglob("*")) if path.is_dir() else [path]
+
+
 def file_fingerprint(name: str, find: Callable[[str], Path]) -> tuple:
     """Changes when the file does that `find` (checkpoint, recording) finds."""
     try:

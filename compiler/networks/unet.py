@@ -79,7 +79,7 @@ class _UNet:
         self.graph, self.heads, self.groups = graph, heads, groups
 
     def embed(self, timestep: Value):
-        """Sines are looked up: computed in bfloat16 they would be noise, as it rounds 601 to 600."""
+        """Sines are looked up: bfloat16 rounds 601 to 600 before it computes them."""
         graph = self.graph
         width = graph.part.shape("time_embed.0.weight")[1]
         with graph.scope("time_embed"):

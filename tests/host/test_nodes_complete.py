@@ -59,16 +59,16 @@ API = {
         {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
     "SophgoRecord": (
         {"name": "STRING", "limit_mb": "INT", "model": "MODEL", "clip": "CLIP", "vae": "VAE"},
-        {"recording": "RECORDING", "MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
+        {"recording": "SOPHGO_RECORDING", "MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
     "SophgoLoadRecording": (
         {"recording_name": "COMBO"},
-        {"recording": "RECORDING", "text": "STRING"}),
+        {"recording": "SOPHGO_RECORDING", "text": "STRING"}),
     "SophgoParity": (
-        {"reference": "RECORDING", "causes": "COMBO", "reference_images": "IMAGE", "model": "MODEL", "clip": "CLIP",
-         "vae": "VAE", "candidate": "RECORDING", "candidate_images": "IMAGE"},
-        {"text": "STRING", "plot": "IMAGE", "parity": "PARITY"}),
+        {"reference": "SOPHGO_RECORDING", "causes": "COMBO", "reference_images": "IMAGE", "model": "MODEL", "clip": "CLIP",
+         "vae": "VAE", "candidate": "SOPHGO_RECORDING", "candidate_images": "IMAGE"},
+        {"text": "STRING", "plot": "IMAGE", "parity": "SOPHGO_PARITY"}),
     "SophgoParityGate": (
-        {"parity": "PARITY", "min_cosine": "FLOAT", "min_cosine_free": "FLOAT", "min_psnr": "FLOAT", "image": "IMAGE",
+        {"parity": "SOPHGO_PARITY", "min_cosine": "FLOAT", "min_cosine_free": "FLOAT", "min_psnr": "FLOAT", "image": "IMAGE",
          "latent": "LATENT"},
         {"IMAGE": "IMAGE", "LATENT": "LATENT"}),
     "AscendLoadSDXL": (
