@@ -8,6 +8,7 @@ anything else.
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ HOW_TO_INSTALL = "run 'python -m compiler' in the pack's folder once (it needs P
 PYTHON_VARIABLE = "SOPHGO_COMPILER_PYTHON"
 FOLDER = Path(__file__).resolve().parent.parent / ".local" / "compiler"
 
+SYSTEM = ("Linux", "x86_64")  # which the wheel is made for
 COMPILER = "tpu_mlir==1.30.2"
 # What the compiler needs to read ONNX: fewer than its wheel lists, which pulls gigabytes of CUDA through torch.
 REQUIREMENTS = (
@@ -92,6 +94,16 @@ def find_python() -> Path:
     )
 
 
+def check_system():
+    """Raises CompilerError where there is no compiler for: on a box with an ARM processor, for example."""
+    here = platform.system(), platform.machine()
+    if here != SYSTEM:
+        raise CompilerError(
+            f"Sophgo's compiler is made for {' '.join(SYSTEM)} and this is {' '.join(here)}: compile on such a machine, "
+            "with 'python -m compiler CHECKPOINT', and copy the folder here."
+        )
+
+
 @dataclass(frozen=True)
 class Toolchain:
     """The installed compiler. `Toolchain.install()` is the way to one; it costs nothing when nothing is to be done."""
@@ -101,6 +113,7 @@ class Toolchain:
     @classmethod
     def install(cls, folder: Path = FOLDER, report: Callable[[str], None] = print) -> "Toolchain":
         """Creates the environment in `folder`, or anew if it was made from another list of packages."""
+        check_system()
         chain = cls(folder.resolve())
         if chain._installed() == MARK:
             return chain
@@ -138,6 +151,7 @@ class Toolchain:
 
     def check(self):
         """Raises CompilerError, saying how to install it, unless the compiler is there, in this pack's version."""
+        check_system()
         if not (installed := self._installed()):
             raise CompilerError(f"Sophgo's compiler is not installed on this server: {HOW_TO_INSTALL}.")
         if installed != MARK:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import signal
 import time
 from pathlib import Path
@@ -147,6 +148,13 @@ def test_what_goes_wrong_is_one_sentence(tmp_path, script, words):
 def test_without_a_compiler_the_command_is_named(tmp_path):
     with pytest.raises(CompilerError, match="is not installed on this server: run 'python -m compiler'"):
         compile_checkpoint(request(tmp_path), toolchain=Toolchain(tmp_path / "nothing"))
+
+
+def test_where_there_is_no_compiler_for_the_way_round_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    for what in (lambda: Toolchain.install(tmp_path), Toolchain(tmp_path).check):
+        with pytest.raises(CompilerError, match="for Linux x86_64 and this is Linux aarch64: compile on such a machine"):
+            what()
 
 
 def test_a_compiler_from_before_an_update_is_to_be_installed_anew(tmp_path):
