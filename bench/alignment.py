@@ -46,7 +46,8 @@ class Variant:
 
 def _half(folder: Path) -> None:
     """The demo's four networks for the BM1684X in F16, which is not shipped."""
-    from compiler import Toolchain, convert
+    from compiler.convert import convert
+    from compiler.toolchain import Toolchain
     from demo import export
     toolchain = Toolchain.install()
     for onnx in export.export(folder.parent / "onnx"):
@@ -58,7 +59,8 @@ def _float_timestep(precision: str) -> Callable[[Path], None]:
         """A U-Net as a plain export gives it: a float timestep whose sines are computed inside."""
         import torch
 
-        from compiler import Toolchain, convert
+        from compiler.convert import convert
+        from compiler.toolchain import Toolchain
         from demo import export, nets
 
         class Plain(torch.nn.Module):

@@ -27,7 +27,7 @@ def run() -> Iterator[tuple[str, str]]:
         file = read_model(path)
         spec = WorkerSpec("instant", str(Path(__file__).with_name("instant")))
         stage = UNet([Engine(file, file.networks[0], spec)])
-        model = adapters.EngineUNet(stage)
+        model = adapters.CompiledUNet(stage)
         latent, timestep = torch.randn(2, 4, 64, 64), torch.full((2,), 500.0)
         context = torch.randn(2, 77, 768)
         model(latent, timestep, context)

@@ -5,21 +5,3 @@
 and compares each with its reference in the simulator (`verify`). Nothing here imports ComfyUI or torch, and nothing of
 the compiler enters this interpreter.
 """
-
-from .client import compile_checkpoint
-from .convert import CHIPS, combine, convert
-from .errors import CompilerError
-from .request import Request, parse_sizes
-from .toolchain import Toolchain, find_python
-
-__all__ = [
-    "CHIPS",
-    "CompilerError",
-    "Request",
-    "Toolchain",
-    "combine",
-    "compile_checkpoint",
-    "convert",
-    "find_python",
-    "parse_sizes",
-]

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 from .client import compile_checkpoint
-from .convert import CHIPS
 from .errors import CompilerError
-from .request import AUTO, KINDS, MINUTE, TOKENS, Request, parse_sizes
+from .request import AUTO, CHIPS, KINDS, MINUTE, TOKENS, Request, parse_sizes
 from .summary import estimate_text, report_text
 from .toolchain import FOLDER, Toolchain
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CompilerError, ToolFailed
+from .request import CHIPS
 from .toolchain import Toolchain
 
-# The precisions each chip can be compiled for without calibration. The BM1684 has no 16-bit floats.
-CHIPS = {"bm1684x": ("F32", "F16", "BF16"), "bm1684": ("F32",)}
 TO_MLIR = Path(__file__).resolve().parent / "inside" / "to_mlir.py"
 
 

@@ -36,8 +36,8 @@ from .errors import CompilerError, DiskFull, ToolFailed
 from .networks import Graph, Weights
 from .plan import Cost, Network
 from .recipes import Attempt, first_bad_block, recipes
-from .request import Request
-from .summary import FORMAT, MODEL_JSON
+from .request import MODEL_JSON, Request
+from .summary import FORMAT
 from .toolchain import COMPILER, NEARLY_FULL, Toolchain
 from .workplace import workplace
 

@@ -5,9 +5,10 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .convert import CHIPS
 from .errors import CompilerError
 
+# The precisions each chip can be compiled for without calibration. The BM1684 has no 16-bit floats.
+CHIPS = {"bm1684x": ("F32", "F16", "BF16"), "bm1684": ("F32",)}
 AUTO = "auto"
 KINDS = {"text_encoder": "text encoder", "unet": "U-Net", "vae": "VAE"}
 STAGES = {"text_encoder": "text encoder", "unet": "U-Net", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder"}
@@ -23,6 +24,7 @@ MAX_NAME, MAX_NAME_BYTES = 80, 240
 NAMES = r"[^\W_][\w. ()+-]*"
 RESERVED = r"CON|PRN|AUX|NUL|(COM|LPT)[0-9]"
 MINUTE = 60.0
+MODEL_JSON = "model.json"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ network and no columns, for the node itself, whose letters are not of one width.
 import json
 from pathlib import Path
 
-from .request import MINUTE, Request
+from .request import MINUTE, MODEL_JSON, Request
 
-MODEL_JSON = "model.json"
 FORMAT = 1  # of model.json
 MAX_BYTES = 1 << 20  # of one from a stranger
 HASH_DIGITS = 12  # that are shown

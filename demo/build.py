@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compiler import CompilerError, Toolchain, combine, convert
+from compiler.convert import combine, convert
+from compiler.errors import CompilerError
+from compiler.toolchain import Toolchain
 from engines.devices import find_devices
 from engines.engine import Engine
 from engines.errors import EngineError

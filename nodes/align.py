@@ -4,16 +4,10 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io
 
-from ..engines.alignment import report
-from ..engines.alignment.align import LOOK_FOR_CAUSES, align
-from ..engines.alignment.compare import judge
-from ..engines.alignment.recording import LIMIT_BYTES, Recorder, Recording, recording_path
+from ..engines.alignment import LIMIT_BYTES, LOOK_FOR_CAUSES
 from ..engines.errors import EngineError
 from . import library
 from .adapters.host import feeds, poll, tell
-from .adapters.pictures import arrays_of, plot_of
-from .adapters.recording import record_clip, record_model, record_vae, said_of
-from .adapters.replay import networks_of
 from .base import CATEGORY, PackNode
 
 RECORDING, PARITY = io.Custom("SOPHGO_RECORDING"), io.Custom("SOPHGO_PARITY")
@@ -50,6 +44,8 @@ class SophgoRecord(PackNode):
 
     @classmethod
     def execute(cls, name, limit_mb, model=None, clip=None, vae=None) -> io.NodeOutput:
+        from ..engines.alignment.recording import Recorder, recording_path
+        from .adapters.recording import record_clip, record_model, record_vae, said_of
         given = {"MODEL": model, "CLIP": clip, "VAE": vae}
         if all(part is None for part in given.values()):
             raise EngineError("There is nothing to record: connect a MODEL, CLIP or VAE.")
@@ -92,8 +88,10 @@ class SophgoLoadRecording(PackNode):
 
     @classmethod
     def execute(cls, recording_name) -> io.NodeOutput:
+        from ..engines.alignment.recording import Recording
+        from ..engines.alignment.report import describe
         recording = Recording.open(library.recording(recording_name))
-        text = report.describe(recording)
+        text = describe(recording)
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(recording, text)
 
@@ -131,6 +129,11 @@ class SophgoParity(PackNode):
     @classmethod
     def execute(cls, reference, causes, reference_images=None, model=None, clip=None, vae=None, candidate=None,
                 candidate_images=None) -> io.NodeOutput:
+        from ..engines.alignment import report
+        from ..engines.alignment.align import align
+        from .adapters.pictures import arrays_of, plot_of
+        from .adapters.recording import said_of, whole_run
+        from .adapters.replay import networks_of
         if causes not in LOOK_FOR_CAUSES:
             raise EngineError(f"causes cannot be '{causes}': choose one of {', '.join(LOOK_FOR_CAUSES)}.")
         pictures = None
@@ -142,7 +145,7 @@ class SophgoParity(PackNode):
         def progress(done: int, total: int) -> None:
             poll()
             bar.update_absolute(done, total)
-        parity = align(_whole(reference, reference_images), networks, _whole(candidate, candidate_images),
+        parity = align(whole_run(reference, reference_images), networks, whole_run(candidate, candidate_images),
                        names=said_of(model, clip, vae), pictures=pictures, causes=causes, progress=progress)
         text = report.text(parity)
         tell("\n".join(report.summary(parity)), cls.hidden.unique_id)      # a node's own text has no columns for tables
@@ -177,19 +180,10 @@ class SophgoParityGate(PackNode):
 
     @classmethod
     def execute(cls, parity, min_cosine, min_cosine_free, min_psnr, image=None, latent=None) -> io.NodeOutput:
+        from ..engines.alignment.compare import judge
         judge(parity, min_cosine, min_cosine_free, min_psnr)
         for slot, (kind, part) in enumerate((("image", image), ("latent", latent))):
             if part is None and feeds(cls.hidden.prompt, cls.hidden.unique_id, slot):
                 raise EngineError(f"The gate's {kind} is used, but none is connected to it: connect one.")
         tell("The gate is open: every threshold is met.", cls.hidden.unique_id)
         return io.NodeOutput(image, latent)
-
-
-def _whole(recording: Recorder | Recording | None, images) -> Recording | None:
-    """A recording of a whole run. Raises EngineError where its run has not come to its end for want of a connection."""
-    if not isinstance(recording, Recorder):
-        return recording
-    if images is None and (silent := recording.silent()):
-        raise EngineError(f"'{recording.name}' has no call of its {' and '.join(silent)} yet: connect the pictures of its "
-                          "run as well, so that the run comes first.")
-    return recording.recording()

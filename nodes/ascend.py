@@ -4,15 +4,12 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..engines.sdxl.checkpoint import open_checkpoint
+from ..engines.sdxl import AUTO, PRECISIONS
 from ..engines.sdxl.samplers import GUIDERS, SAMPLERS, Options
 from ..engines.sdxl.schedules import DISCRETIZATIONS
-from ..engines.sdxl.stages import AUTO, PRECISIONS, open_sdxl
 from . import library
-from .adapters import sdxl
+from .adapters.choices import COMFY, ENCODE, MAX_SEED, NOISES, ZEROS
 from .adapters.host import one_of, poll, tell
-from .adapters.sampling import COMFY, MAX_SEED, NOISES, Run, sample
-from .adapters.vae import decode, encode
 from .base import CATEGORY, PackNode
 
 FORMAT = "mindspore"         # what the devices must run
@@ -52,6 +49,9 @@ class AscendLoadSDXL(PackNode):
 
     @classmethod
     def execute(cls, model_name, device, precision) -> io.NodeOutput:
+        from ..engines.sdxl.checkpoint import open_checkpoint
+        from ..engines.sdxl.stages import open_sdxl
+        from .adapters import sdxl
         one_of("precision", precision, PRECISIONS)
         checkpoint = open_checkpoint(library.sdxl_model(model_name))
         model = open_sdxl(checkpoint, library.devices().choose_worker(FORMAT, device), precision, poll)
@@ -79,7 +79,7 @@ class AscendSDXLConditioner(PackNode):
                 _side("crop_left", 0, "How many of its columns are cut off on the left."),
                 _side("target_width", 1024, "Width of the picture that is made."),
                 _side("target_height", 1024, "Its height."),
-                io.Combo.Input("unconditional", options=[sdxl.ENCODE, sdxl.ZEROS], default=sdxl.ENCODE,
+                io.Combo.Input("unconditional", options=[ENCODE, ZEROS], default=ENCODE,
                                tooltip="What the picture is guided away from. encode: the negative prompt, an empty one "
                                        "too, as stock nodes. zeros: numbers that are all 0, as the article; for this "
                                        "negative_prompt must be empty."),
@@ -91,9 +91,10 @@ class AscendSDXLConditioner(PackNode):
     @classmethod
     def execute(cls, clip, prompt, negative_prompt, original_width, original_height, crop_top, crop_left, target_width,
                 target_height, unconditional) -> io.NodeOutput:
+        from .adapters.sdxl import conditions
         sizes = {"width": original_width, "height": original_height, "crop_w": crop_left, "crop_h": crop_top,
                  "target_width": target_width, "target_height": target_height}
-        return io.NodeOutput(*sdxl.conditions(clip, prompt, negative_prompt, sizes, unconditional))
+        return io.NodeOutput(*conditions(clip, prompt, negative_prompt, sizes, unconditional))
 
 
 class AscendSDXLSampler(PackNode):
@@ -140,6 +141,7 @@ class AscendSDXLSampler(PackNode):
     @classmethod
     def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, denoise, sampler_name, discretization,
                 guider, s_churn, s_tmin, s_tmax, s_noise, snap_sigmas, noise) -> io.NodeOutput:
+        from .adapters.sampling import Run, sample
         options = Options(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
         run = Run(sampler_name, discretization, guider, steps, cfg, denoise, snap_sigmas, options)
         return io.NodeOutput(sample(model, positive, negative, latent_image, seed, run, noise))
@@ -160,6 +162,7 @@ class AscendVAEDecode(PackNode):
 
     @classmethod
     def execute(cls, samples, vae) -> io.NodeOutput:
+        from .adapters.vae import decode
         return io.NodeOutput(decode(vae, samples["samples"]))
 
 
@@ -178,6 +181,7 @@ class AscendVAEEncode(PackNode):
 
     @classmethod
     def execute(cls, pixels, vae) -> io.NodeOutput:
+        from .adapters.vae import encode
         return io.NodeOutput({"samples": encode(vae, pixels)})
 
 

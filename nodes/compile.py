@@ -7,15 +7,10 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..compiler import CHIPS, CompilerError, Request, Toolchain, compile_checkpoint, parse_sizes
-from ..compiler.request import AUTO, MAX_BATCH, MAX_TOKENS, MINUTE, TOKENS
-from ..compiler.summary import MODEL_JSON, estimate_brief, estimate_text, made, report_brief, report_text
-from ..compiler.toolchain import FOLDER
+from ..compiler.request import AUTO, CHIPS, MAX_BATCH, MAX_TOKENS, MINUTE, MODEL_JSON, TOKENS, Request, parse_sizes
 from ..engines.errors import EngineError
 from . import library
-from .adapters.export import Part, digest, outside, parts_of, saved, size_multiple
 from .adapters.host import poll, tell
-from .adapters.provenance import provenance
 from .base import CATEGORY, PackNode
 
 PRECISIONS = [AUTO, *CHIPS["bm1684x"]]
@@ -75,8 +70,11 @@ class SophgoCompile(PackNode):
     @classmethod
     def execute(cls, name, chip, model_precision, clip_precision, vae_precision, sizes, batch_size, controlnet,
                 context_length, verify_minutes, dry_run, model=None, clip=None, vae=None) -> io.NodeOutput:
+        from ..compiler.errors import CompilerError
+        from ..compiler.summary import estimate_brief, estimate_text, report_brief, report_text
+        from .adapters.export import parts_of
         try:
-            parts, toolchain, folder = parts_of(model, clip, vae), Toolchain(FOLDER), library.roots()[0]
+            parts, folder = parts_of(model, clip, vae), library.roots()[0]
             request = Request(
                 checkpoint="", name=name, folder=str(folder), kinds=tuple(part.kind for part in parts), chip=chip.lower(),
                 precisions={"unet": model_precision, "text_encoder": clip_precision, "vae": vae_precision},
@@ -84,7 +82,7 @@ class SophgoCompile(PackNode):
                 skip=sum(part.skip for part in parts), budget=verify_minutes * MINUTE, dry=dry_run)
             found = _same(request, parts)
             if found is None:
-                found = cls._compile(request, parts, toolchain, model)
+                found = cls._compile(request, parts, model)
         except CompilerError as error:
             raise EngineError(str(error)) from error
         except comfy.model_management.InterruptProcessingException:
@@ -95,7 +93,12 @@ class SophgoCompile(PackNode):
         return io.NodeOutput(whole(found), ui={"text": (whole(found),)})
 
     @classmethod
-    def _compile(cls, request: Request, parts: list[Part], toolchain: Toolchain, model) -> dict:
+    def _compile(cls, request: Request, parts: list, model) -> dict:
+        from ..compiler.client import compile_checkpoint
+        from ..compiler.toolchain import FOLDER, Toolchain
+        from .adapters.export import outside, saved, size_multiple
+        from .adapters.provenance import provenance
+        toolchain = Toolchain(FOLDER)
         request.check(size_multiple(model) if model is not None else None)
         if any((root / request.name).exists() for root in library.roots()):
             raise request.taken()        # it would hide that one, of the pack's own models for example
@@ -118,8 +121,10 @@ class SophgoCompile(PackNode):
         return {**found, "notes": source["notes"]} if request.dry else found
 
 
-def _same(request: Request, parts: list[Part]) -> dict | None:
+def _same(request: Request, parts: list) -> dict | None:
     """What model.json says, if this very compile was done before: then running a workflow again does no harm."""
+    from ..compiler.summary import made
+    from .adapters.export import digest
     report = None if request.dry else made(request)
     return report if report and digest(parts, poll) == report["weights_sha256"] else None
 

@@ -3,9 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..compiler.summary import folder_text
 from ..engines.files import read_model
-from ..engines.report import brief, describe
 from . import library
 from .adapters.host import tell
 from .base import CATEGORY, PackNode
@@ -32,6 +30,8 @@ class SophgoInspect(PackNode):
 
     @classmethod
     def execute(cls, file_name) -> io.NodeOutput:
+        from ..compiler.summary import folder_text
+        from ..engines.report import brief, describe
         files = library.files(file_name)
         summaries = filter(None, map(folder_text, dict.fromkeys(file.parent for file in files)))
         models = list(map(read_model, files))

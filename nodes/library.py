@@ -8,8 +8,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..engines.alignment.recording import SUFFIX, RecordingError, recording_path
-from ..engines.assembly import Source
+from ..engines.alignment import SUFFIX
 from ..engines.devices import Devices, find_devices
 from ..engines.errors import DeviceError, EngineError
 from ..engines.files import MAX_NAME, list_models, picked_files, resolve
@@ -47,8 +46,9 @@ def files(name: str) -> list[Path]:
     return picked_files(resolve(name, roots()), roots())
 
 
-def source(name: str) -> Source:
-    """The model files called `name`. Raises ModelFileError."""
+def source(name: str):
+    """The model files called `name`, as assembly.Source. Raises ModelFileError."""
+    from ..engines.assembly import Source
     return Source.open(name, resolve(name, roots()), roots())
 
 
@@ -107,6 +107,7 @@ def recordings() -> dict[str, Path]:
 
 def recording(name: str) -> Path:
     """The recording called `name`. Raises RecordingError."""
+    from ..engines.alignment.recording import RecordingError, recording_path
     wanted, known = recording_path(name, recordings_folder()), recordings()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=5, cutoff=0)
@@ -153,7 +154,7 @@ def file_fingerprint(name: str, find: Callable[[str], Path]) -> tuple:
     """Changes when the file does that `find` (checkpoint, recording) finds."""
     try:
         return _stamp(find(name))
-    except (ModelFileError, RecordingError, OSError):
+    except (ModelFileError, EngineError, OSError):
         return (name, 0, 0)
 
 

@@ -6,10 +6,8 @@ from comfy_api.latest import io
 
 from ..engines.devices import COMPILED
 from . import library
-from .adapters.clip import ERROR, TRUNCATE, as_clip
+from .adapters.choices import ERROR, TRUNCATE
 from .adapters.host import one_of, poll, tell
-from .adapters.model import as_model
-from .adapters.vae import as_vae
 from .base import CATEGORY, PackNode
 
 SAME = "same"
@@ -35,6 +33,7 @@ def _long_prompts() -> io.Combo.Input:
 
 
 def _clip(stage, long_prompts: str, tokens: int = 0):
+    from .adapters.clip import as_clip
     return as_clip(stage, long_prompts, folder_paths.get_folder_paths("embeddings"), tokens)
 
 
@@ -66,6 +65,8 @@ class SophgoLoadCheckpoint(PackNode):
 
     @classmethod
     def execute(cls, model_name, device, unet_device, long_prompts) -> io.NodeOutput:
+        from .adapters.model import as_model
+        from .adapters.vae import as_vae
         source, devices = library.source(model_name), library.devices()
         encoder = source.text_encoder(devices, device, poll)
         unet = source.unet(devices, device if unet_device == SAME else unet_device, poll)
@@ -96,6 +97,7 @@ class SophgoLoadUNet(PackNode):
 
     @classmethod
     def execute(cls, unet_name, device) -> io.NodeOutput:
+        from .adapters.model import as_model
         stage = library.source(unet_name).unet(library.devices(), device, poll)
         tell(stage.describe(), cls.hidden.unique_id)
         return io.NodeOutput(as_model(stage))
@@ -153,6 +155,7 @@ class SophgoLoadVAE(PackNode):
 
     @classmethod
     def execute(cls, decoder_name, encoder_name, device, latent_scale) -> io.NodeOutput:
+        from .adapters.vae import as_vae
         one_of("latent_scale", latent_scale, (OUTSIDE, INSIDE))
         devices, inside = library.devices(), latent_scale == INSIDE
         source = library.source(decoder_name)

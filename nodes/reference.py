@@ -5,7 +5,6 @@ import folder_paths
 from comfy_api.latest import io
 
 from . import library
-from .adapters.reference import load_reference
 from .base import CATEGORY, PackNode
 
 
@@ -32,4 +31,5 @@ class SophgoLoadReference(PackNode):
 
     @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:
+        from .adapters.reference import load_reference
         return io.NodeOutput(*load_reference(library.checkpoint(ckpt_name), folder_paths.get_folder_paths("embeddings")))

@@ -4,12 +4,10 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from .adapters.stepping import sample_step
-from .adapters.vae import DEFAULT_OVERLAP, decode, encode
+from .adapters.choices import DEFAULT_OVERLAP, MAX_SEED
 from .base import CATEGORY, PackNode
 
 MAX_STEPS = 10000
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 class SophgoTextEncode(PackNode):
@@ -74,6 +72,7 @@ class SophgoUNetStep(PackNode):
     @classmethod
     def execute(cls, model, positive, negative, latent_image, step, steps, cfg, sampler_name, scheduler, seed,
                 add_noise) -> io.NodeOutput:
+        from .adapters.stepping import sample_step
         return io.NodeOutput(*sample_step(model, positive, negative, latent_image, step, steps, cfg, sampler_name,
                                           scheduler, seed, add_noise))
 
@@ -97,6 +96,7 @@ class SophgoVAEDecode(PackNode):
 
     @classmethod
     def execute(cls, samples, vae, overlap) -> io.NodeOutput:
+        from .adapters.vae import decode
         return io.NodeOutput(decode(vae, samples["samples"], overlap))
 
 
@@ -119,6 +119,7 @@ class SophgoVAEEncode(PackNode):
 
     @classmethod
     def execute(cls, pixels, vae, overlap) -> io.NodeOutput:
+        from .adapters.vae import encode
         return io.NodeOutput({"samples": encode(vae, pixels, overlap)})
 
 

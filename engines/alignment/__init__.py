@@ -6,3 +6,6 @@ causes      the classic causes of a difference, in words
 diagnose_*  which of them it is: seen in two runs, or found by calling a network
 report      the comparison as text; plot draws it
 """
+SUFFIX = ".npz"                              # of a recording
+LIMIT_BYTES = 512 << 20
+WHEN_DIFFERENT, NO_CAUSES = LOOK_FOR_CAUSES = ("when it differs", "no")

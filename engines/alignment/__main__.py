@@ -23,8 +23,8 @@ from ..devices import Devices, find_devices
 from ..errors import EngineError
 from ..network import ModelFileError
 from ..workers import Worker
-from . import report
-from .align import LOOK_FOR_CAUSES, align
+from . import LOOK_FOR_CAUSES, report
+from .align import align
 from .compare import Networks, judge
 from .recording import Call, Recording, known_ids
 

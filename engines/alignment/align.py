@@ -7,12 +7,11 @@ import numpy as np
 
 from ..errors import EngineError
 from ..roles import ROLES
+from . import NO_CAUSES, WHEN_DIFFERENT
 from .compare import Networks, Pair, Parity, forced, free, pairs, psnr
 from .diagnose_networks import diagnose_networks
 from .diagnose_runs import diagnose_runs
 from .recording import Recording
-
-WHEN_DIFFERENT, NO_CAUSES = LOOK_FOR_CAUSES = ("when it differs", "no")
 
 
 def align(reference: Recording, networks: Networks | None = None, candidate: Recording | None = None, *,

@@ -22,11 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from ..roles import ROLES
+from . import LIMIT_BYTES, SUFFIX
 from .archive import Archive, Arrays, RecordingError
 
 VERSION = 1
-SUFFIX = ".npz"
-LIMIT_BYTES = 512 << 20
 NAME = re.compile(r"\w[\w .()+-]{0,99}")      # a file name on every system, with nothing of a path in it
 UNKNOWN_TOKEN = -1                            # among ids: a token that is an embedding (textual inversion)
 # What a call of each stage has at least, given and answered.

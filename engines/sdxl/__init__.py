@@ -14,3 +14,5 @@
 
 What is here is also sent to the worker as source and runs there: Python 3.9 or later, numpy, the standard library.
 """
+AUTO = "auto"
+PRECISIONS = (AUTO, "float32", "float16", "bfloat16")       # that text encoders and U-Net may compute in

@@ -19,10 +19,9 @@ from ..network import ITEM_BYTES
 from ..roles import VAE_SCALE
 from ..stages import Poll, Stage, check_ids, check_sampled
 from ..workers import NO_POLL, Feed, FileVersion, Worker, WorkerSpec
+from . import AUTO
 from .checkpoint import PARTS, Checkpoint
 
-AUTO = "auto"
-PRECISIONS = (AUTO, "float32", "float16", "bfloat16")
 VAE_PRECISION = "float32"       # in half precision SDXL's VAE overflows
 PENULTIMATE = -2                # the layer whose output SDXL was trained with, of both text encoders
 NORMED = 0                      # in place of a layer: the last one's output after the final norm

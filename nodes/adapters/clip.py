@@ -13,10 +13,10 @@ from comfy.supported_models_base import ClipTarget
 
 from ...engines.errors import EngineError
 from ...engines.stages import Stage, TextEncoder
+from .choices import ERROR, TRUNCATE
 from .host import one_of, tell
 from .patcher import CPU, patcher_for
 
-TRUNCATE, ERROR = "truncate", "error"
 SPECIAL_TOKENS = {"start": 49406, "end": 49407, "pad": 49407}
 
 

@@ -16,7 +16,8 @@ import torch
 from comfy import sd1_clip
 from comfy.patcher_extension import WrappersMP
 
-from ...engines.alignment.recording import UNKNOWN_TOKEN, Recorder
+from ...engines.alignment.recording import UNKNOWN_TOKEN, Recorder, Recording
+from ...engines.errors import EngineError
 from .host import tell
 
 KEY = "sophgo_record"
@@ -201,6 +202,16 @@ def record_vae(vae, recorder: Recorder):
     recorded = copy.copy(vae)
     recorded.first_stage_model = _Halves(vae.first_stage_model, recorder)
     return recorded
+
+
+def whole_run(recording: Recorder | Recording | None, images) -> Recording | None:
+    """A recording of a whole run. Raises EngineError where its run has not come to its end for want of a connection."""
+    if not isinstance(recording, Recorder):
+        return recording
+    if images is None and (silent := recording.silent()):
+        raise EngineError(f"'{recording.name}' has no call of its {' and '.join(silent)} yet: connect the pictures of its "
+                          "run as well, so that the run comes first.")
+    return recording.recording()
 
 
 def said_of(model=None, clip=None, vae=None) -> dict[str, str]:

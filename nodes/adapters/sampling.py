@@ -22,15 +22,13 @@ from ...engines.errors import EngineError
 from ...engines.roles import VAE_SCALE
 from ...engines.sdxl.samplers import GUIDERS, SAMPLERS, Options, noise_count
 from ...engines.sdxl.schedules import DISCRETIZATIONS, from_pure_noise, schedule
+from .choices import COMFY, MAX_SEED, NOISES
 from .host import maker, one_of
 from .model import as_array
 from .sdxl import HOW_TO_CONDITION, SDXLModel
 from .stepping import TRACE
 
-COMFY, NUMPY = "comfy", "numpy"
-NOISES = (COMFY, NUMPY)
 ANCESTRAL = ("EulerAncestral", "DPMPP2SAncestral")
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 # Keys of a LATENT that are about the latent that came in, not about the one that goes out.
 PASSING = (TRACE, "downscale_ratio_spacial", "downscale_ratio_temporal")
 

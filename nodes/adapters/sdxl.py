@@ -13,13 +13,13 @@ from comfy import sdxl_clip
 
 from ...engines.errors import EngineError
 from ...engines.sdxl.stages import NORMED, PENULTIMATE, SDXL, TextEncoder, UNet
+from .choices import ENCODE, ZEROS
 from .clip import EngineTextEncoder, engine_clip
 from .host import one_of
 from .model import EngineModel, EngineUNet, as_array
 from .patcher import EnginePatcher, Together, patcher_for
 from .vae import EngineVAE
 
-ENCODE, ZEROS = "encode", "zeros"
 ENCODERS = {"l", "g"}            # ComfyUI's names of SDXL's two text encoders; SD 1.x has "l", the refiner "g", SD3 three
 HOW_TO_CONDITION = ("use AscendSDXLConditioner, CLIPTextEncodeSDXL or CLIPTextEncode with the CLIP of AscendLoadSDXL or of "
                     "another SDXL checkpoint")

@@ -9,11 +9,10 @@ import torch
 from ...engines.errors import EngineError
 from ...engines.roles import VAE_SCALE
 from ...engines.stages import Stage, VAEDecoder, VAEEncoder
+from .choices import DEFAULT_OVERLAP
 from .host import tell
 from .model import as_array
 from .patcher import CPU, Together, patcher_for
-
-DEFAULT_OVERLAP = 64     # picture pixels that neighbouring tiles share
 
 
 class FirstStage(torch.nn.Module):

@@ -2,7 +2,9 @@
 import numpy as np
 import pytest
 
-from compiler import CompilerError, Toolchain, convert
+from compiler.convert import convert
+from compiler.errors import CompilerError
+from compiler.toolchain import Toolchain
 from engines.assembly import Source
 from engines.devices import find_devices
 from tests.conftest import need

@@ -14,13 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compiler import CompilerError, Request, Toolchain, compile_checkpoint, job, plan, verify
+from compiler import job, plan, verify
 from compiler import toolchain as tools
 from compiler.checkpoint import Checkpoint
+from compiler.client import compile_checkpoint
 from compiler.convert import Recipe, deploy
-from compiler.errors import DiskFull, ToolFailed
+from compiler.errors import CompilerError, DiskFull, ToolFailed
 from compiler.networks import Weights, unet
+from compiler.request import Request
 from compiler.summary import estimate_text, report_text
+from compiler.toolchain import Toolchain
 from compiler.workplace import workplace
 from demo import checkpoint as demo
 from tests.conftest import need

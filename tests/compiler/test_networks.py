@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compiler import CompilerError, networks
+from compiler import networks
 from compiler.checkpoint import Checkpoint
+from compiler.errors import CompilerError
 from compiler.networks import Graph, Weights, check, text_encoder, unet, vae_decoder, vae_encoder
 from demo import checkpoint as demo
 from demo import export

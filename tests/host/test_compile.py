@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from websocket import WebSocketException
 
-from compiler import CompilerError, Toolchain
+from compiler.errors import CompilerError
+from compiler.toolchain import Toolchain
 from compiler.workplace import LOCK, PREFIX, remove_abandoned, workplace
 from engines.files import content_hash, find_models, list_models
 from tests.conftest import need

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from engines.alignment import report
-from engines.alignment.align import NO_CAUSES, align
+from engines.alignment import NO_CAUSES, report
+from engines.alignment.align import align
 from engines.alignment.causes import Finding
 from engines.alignment.compare import (
     FORCED,

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler import CompilerError, Request, Toolchain, compile_checkpoint, parse_sizes
+from compiler.client import compile_checkpoint
 from compiler.convert import Recipe
+from compiler.errors import CompilerError
 from compiler.recipes import Attempt, Parity, first_bad_block, recipes
+from compiler.request import Request, parse_sizes
 from compiler.summary import estimate_brief, estimate_text, folder_text, made, report_brief, report_text
-from compiler.toolchain import MARK
+from compiler.toolchain import MARK, Toolchain
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,14 @@ def test_nodes_are_thin_and_leave_comfy_objects_to_the_adapters(path):
     assert imports(path) & (HOST | VENDOR | {"numpy"}) <= allowed
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda p: p.name)
+def test_nodes_import_what_runs_when_it_runs(path):
+    """The pack may add 50 ms to ComfyUI's start (bench/import_cost.py); the adapters and what they need take 100."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    taken = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level}
+    assert {name for name in taken if name and name.startswith("adapters")} <= {"adapters.choices", "adapters.host"}
+
+
 def neighbours(path: Path) -> set[Path]:
     """The files of this project that a file imports relatively."""
     found = set()
