@@ -1,14 +1,17 @@
 """The pack's own cost of a U-Net call at Stable Diffusion 1.5's sizes, worker hop included, and what it moves."""
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from engines import workers
 from engines.engine import Engine
 from engines.files import read_model
 from engines.stages import UNet
@@ -20,12 +23,19 @@ PUBLISHED_STEP_MS = 240          # BM1684X SoC, SD 1.5 at 512x512, BF16 (sophon-
 CALLS = 200
 
 
+def _engines(folder: Path) -> Path:
+    """What is sent to workers, with this folder's `instant` among the runtimes."""
+    engines = shutil.copytree(workers.ENGINES, folder / "engines", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).with_name("instant.py"), engines / "runtimes")
+    return engines
+
+
 def run() -> Iterator[tuple[str, str]]:
     adapters = load_pack("nodes.adapters.model")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.object(workers, "ENGINES", _engines(Path(folder))):
         path = write_bmodel(Path(folder) / "unet.bmodel", [unet_demo()])
         file = read_model(path)
-        spec = WorkerSpec("instant", str(Path(__file__).with_name("instant")))
+        spec = WorkerSpec("instant", "instant")
         stage = UNet([Engine(file, file.networks[0], spec)])
         model = adapters.CompiledUNet(stage)
         latent, timestep = torch.randn(2, 4, 64, 64), torch.full((2,), 500.0)
