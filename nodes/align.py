@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..engines.alignment import LIMIT_BYTES, LOOK_FOR_CAUSES
 from ..engines.errors import EngineError
 from . import library
-from .adapters.host import feeds, poll, tell
+from .adapters.host import feeds, one_of, poll, tell
 from .base import CATEGORY, PackNode
 
 RECORDING, PARITY = io.Custom("SOPHGO_RECORDING"), io.Custom("SOPHGO_PARITY")
@@ -134,8 +134,7 @@ class SophgoParity(PackNode):
         from .adapters.pictures import arrays_of, plot_of
         from .adapters.recording import said_of, whole_run
         from .adapters.replay import networks_of
-        if causes not in LOOK_FOR_CAUSES:
-            raise EngineError(f"causes cannot be '{causes}': choose one of {', '.join(LOOK_FOR_CAUSES)}.")
+        one_of("causes", causes, LOOK_FOR_CAUSES)
         pictures = None
         if reference_images is not None and candidate_images is not None:
             pictures = arrays_of(candidate_images, reference_images)

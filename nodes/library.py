@@ -68,8 +68,8 @@ def sdxl_model(name: str) -> Path:
     """The file or folder called `name`. Raises EngineError with the nearest names there are."""
     models = sdxl_models()
     if name not in models:
-        near = difflib.get_close_matches(str(name)[:MAX_NAME], models, n=5, cutoff=0)
-        there = f"there are {', '.join(near)}" if near else "there is none yet"
+        near = _nearest(name, models)
+        there = f"there are {near}" if near else "there is none yet"
         raise EngineError(f"There is no SDXL model {str(name)[:80]!r} in models/checkpoints or models/diffusers; {there}.")
     return models[name]
 
@@ -88,9 +88,8 @@ def checkpoint(name: str) -> Path:
     """The checkpoint called `name`. Raises ModelFileError."""
     known = checkpoints()
     if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=5, cutoff=0) or ["none yet"]
         raise ModelFileError(f"There is no checkpoint '{str(name)[:80]}' in models/checkpoints as .safetensors; there are: "
-                             f"{', '.join(nearest)}.")
+                             f"{_nearest(name, known) or 'none yet'}.")
     return known[name]
 
 
@@ -110,9 +109,8 @@ def recording(name: str) -> Path:
     from ..engines.alignment.recording import RecordingError, recording_path
     wanted, known = recording_path(name, recordings_folder()), recordings()
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0)
         raise RecordingError(f"There is no recording '{wanted.stem}' in output/{RECORDINGS}; there are: "
-                             f"{', '.join(nearest) or 'none yet'}.")
+                             f"{_nearest(name, known) or 'none yet'}.")
     return known[name]
 
 
@@ -156,6 +154,11 @@ def file_fingerprint(name: str, find: Callable[[str], Path]) -> tuple:
         return _stamp(find(name))
     except (ModelFileError, EngineError, OSError):
         return (name, 0, 0)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The names most like `name`, five at most; empty if there are none."""
+    return ", ".join(difflib.get_close_matches(str(name)[:MAX_NAME], known, n=5, cutoff=0))
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

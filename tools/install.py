@@ -155,6 +155,8 @@ def build_sdxl_demo(tokenizer: Path) -> None:
     python = MINDSPORE / "bin" / "python"
     run(python if python.exists() else sys.executable, "-m", "demo.sdxl.build", "--out", DEMO_SDXL,
         *(["--tokenizer", tokenizer] if tokenizer.is_dir() else []))
+
+
 def write_checkpoint() -> None:
     run(PYTHON, "-m", "demo.checkpoint", "--out", DEMO_CHECKPOINT)
 

@@ -1,15 +1,14 @@
 """What a ControlNet tells a U-Net, from ComfyUI's dictionary to a compiled U-Net's inputs."""
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ...engines.errors import EngineError
 from ...engines.stages import UNet
 
 
-def residuals_of(control: dict[str, list[torch.Tensor | None]] | None, stage: UNet, batch: int) -> dict[str, np.ndarray]:
-    """{"residual.0": (B,C,h,w) float32, ..., "residual.mid"} of what was given; the U-Net adds zeros for the others.
+def residuals_of(control: dict[str, list[torch.Tensor | None]] | None, stage: UNet, batch: int) -> dict[str, torch.Tensor]:
+    """{"residual.0": (B,C,h,w), ..., "residual.mid"} of what was given; the U-Net adds zeros for the others.
 
     ComfyUI's U-Net (openaimodel.py, apply_control) pops: it takes the lists from their ends, "output" while it walks back
     over the skip connections. So the last of "output" belongs to the last skip connection, and a list that is shorter
@@ -33,9 +32,5 @@ def residuals_of(control: dict[str, list[torch.Tensor | None]] | None, stage: UN
     named = {f"residual.{stage.residuals - len(skips) + number}": value for number, value in enumerate(skips)}
     if "middle" in given:
         named["residual.mid"] = given["middle"][-1]
-    return {role: _rows(value, batch) for role, value in named.items() if value is not None}
-
-
-def _rows(value: torch.Tensor, batch: int) -> np.ndarray:
-    """One row may stand for all, as torch adds."""
-    return value.detach().expand(batch, *value.shape[1:]).to("cpu", torch.float32).numpy()
+    # one row may stand for all, as torch adds
+    return {role: value.expand(batch, *value.shape[1:]) for role, value in named.items() if value is not None}

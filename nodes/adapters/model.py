@@ -53,7 +53,7 @@ class EngineUNet(torch.nn.Module):
 
 class CompiledUNet(EngineUNet):
     def inputs(self, batch: int, control: dict | None, extra: dict) -> dict:
-        return {"residuals": residuals_of(control, self.stage, batch)}
+        return {"residuals": {role: as_array(value) for role, value in residuals_of(control, self.stage, batch).items()}}
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -7,10 +7,7 @@ conventions. The networks are ComfyUI's.
 """
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.model_detection
@@ -26,6 +23,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from ...compiler.checkpoint import METADATA, Checkpoint
 from ...compiler.errors import CompilerError
 from ...engines.errors import EngineError
+from .vae import without_warnings
 
 SD1_CHANNELS = 320                             # of the first block of SD 1.x's U-Net
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -114,7 +112,7 @@ def _vae(weights: dict[str, torch.Tensor], groups: int) -> comfy.sd.VAE:
             module.num_groups, module.num_channels = groups, module.weight.shape[0]
             if module.num_channels % groups:
                 raise ValueError(f"the VAE's {module.num_channels} channels do not make {groups} groups")
-    with _without_warnings():                  # ComfyUI would say that there is no VAE
+    with without_warnings():
         vae = comfy.sd.VAE(sd={})              # its defaults for SD's VAE: 8x, 4 channels, [-1,1]
     vae.first_stage_model, vae.vae_dtype = network.eval(), torch.float32
     vae.device, vae.output_device = comfy.model_management.vae_device(), comfy.model_management.intermediate_device()
@@ -130,12 +128,3 @@ def _refuse_gaps(network: torch.nn.Module, names: set[str], title: str) -> None:
     missing = sorted({name for name, _ in network.named_parameters()} - names)
     if missing:
         raise ValueError(f"the {title} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

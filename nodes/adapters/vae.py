@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.sd
 import torch
@@ -36,15 +38,22 @@ class FirstStage(torch.nn.Module):
         return torch.from_numpy(self.encoder(as_array(pixels), *overlap))
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """For a comfy.sd.VAE that is given its network later: ComfyUI would say that there is none."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 class EngineVAE(comfy.sd.VAE):
     """comfy.sd.VAE with a first stage that runs on a device of its own, for any size divisible by 8."""
 
     def __init__(self, decoder: Stage | None, encoder: Stage | None):
-        logging.disable(logging.WARNING)     # ComfyUI would say that there is no VAE
-        try:
+        with without_warnings():
             super().__init__(sd={})          # its defaults for SD's VAE: 8x, 4 channels, [-1,1]
-        finally:
-            logging.disable(logging.NOTSET)
         self.first_stage_model = FirstStage(decoder, encoder)
         self.device = self.output_device = CPU
         self.vae_dtype = torch.float32

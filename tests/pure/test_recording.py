@@ -43,14 +43,19 @@ def test_equal_arrays_are_kept_once(tmp_path):
         assert sum("context" in name for name in archive.namelist()) == 1
 
 
-def test_what_came_before_a_failure_is_there(tmp_path):
+def broken_off(path) -> Recording:
+    """A run whose U-Net fails at its fourth step."""
     def fail(stage, inputs):
         if stage == "unet" and inputs["timestep"][0] < 500:
             raise RuntimeError
         return inputs
     with pytest.raises(RuntimeError):
-        toy_networks.run(tmp_path / "a.npz", fail)
-    assert len(Recording.open(tmp_path / "a.npz").of("unet")) == 3
+        toy_networks.run(path, fail)
+    return Recording.open(path)
+
+
+def test_what_came_before_a_failure_is_there(tmp_path):
+    assert len(broken_off(tmp_path / "a.npz").of("unet")) == 3
 
 
 def test_a_new_run_replaces_the_file(tmp_path):
@@ -190,13 +195,7 @@ def test_a_file_that_was_replaced_meanwhile(tmp_path):
 
 
 def test_a_run_that_ended_early_is_told(tmp_path):
-    def fail(stage, inputs):
-        if stage == "unet" and inputs["timestep"][0] < 500:
-            raise RuntimeError
-        return inputs
-    with pytest.raises(RuntimeError):
-        toy_networks.run(tmp_path / "a.npz", fail)
-    early, whole = Recording.open(tmp_path / "a.npz"), toy_networks.run(tmp_path / "b.npz")
+    early, whole = broken_off(tmp_path / "a.npz"), toy_networks.run(tmp_path / "b.npz")
     assert early.stopped_at == "step 3 of 5" and whole.stopped_at == ""
     with pytest.raises(RecordingError, match="'a' ends at step 3 of 5, so if its run was interrupted record it again"):
         pairs(whole, early)
